@@ -1,0 +1,52 @@
+"""truetune: fine-tune with few parameters, and prove that what was trained is what is served.
+
+Nothing is imported here until it is asked for, so that ``truetune --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "LoRA": "truetune.config.lora",
+    "SFTConfig": "truetune.config.sft",
+    "attach": "truetune.api",
+    "detach": "truetune.api",
+    "load": "truetune.api",
+    "load_adapter": "truetune.api",
+    "merge": "truetune.api",
+    "save_adapter": "truetune.api",
+    "sft": "truetune.api",
+    "trainable": "truetune.api",
+}
+_MODULES = ("errors", "nn")
+
+__all__ = [
+    "LoRA",
+    "SFTConfig",
+    "attach",
+    "detach",
+    "errors",
+    "load",
+    "load_adapter",
+    "merge",
+    "nn",
+    "save_adapter",
+    "sft",
+    "trainable",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"truetune.{name}")
+    raise AttributeError(f"module 'truetune' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

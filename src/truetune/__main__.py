@@ -1,0 +1,7 @@
+"""``python -m truetune``."""
+
+import sys
+
+from truetune.cli.main import main
+
+sys.exit(main())

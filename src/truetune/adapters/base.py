@@ -1,0 +1,51 @@
+"""The contract: what the rest of the house may ask of an adapter.
+
+An adapter wraps one frozen layer, keeps it as ``base``, and owns a few new parameters. Merging is a pure function in
+the adapter's own file, used by the live module and by the streaming export alike; nothing is ever added to a weight in
+place, and nothing changes behind ``train()`` or ``eval()``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+
+class Adapter(nn.Module, ABC):
+    """One wrapped layer.
+
+    ``files`` maps each own parameter's attribute to its suffix in PEFT's adapter file.
+    """
+
+    files: ClassVar[Mapping[str, str]]
+    base: nn.Module
+
+    def adapter_parameters(self) -> Iterator[tuple[str, Parameter]]:
+        """``(suffix in the file, parameter)`` of each trained tensor this adapter owns."""
+        for attribute, suffix in self.files.items():
+            yield suffix, getattr(self, attribute)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight, for model code that reads it directly."""
+        weight = self.base.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's bias, likewise."""
+        bias = getattr(self.base, "bias", None)
+        return bias if isinstance(bias, Tensor) else None
+
+    @abstractmethod
+    def merged_weight(self) -> Tensor:
+        """The base's weight with the adapter folded in: a new tensor, stored as the base stores its own."""
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Any:
+        """As the base's."""

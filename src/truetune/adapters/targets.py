@@ -1,0 +1,91 @@
+"""Which layers get an adapter: every name and every expression must match, or the run does not start."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from truetune.errors import AdapterError, nearest
+from truetune.ops.frozen import is_linear
+
+ALL_LINEAR = "all-linear"
+_REGEX_MARKS = re.compile(r"[\\^$*+?\[\](){}|]")
+
+
+def adaptable(model: nn.Module) -> dict[str, nn.Module]:
+    """Path → module of every layer an adapter can wrap: linear maps and embedding tables."""
+    return {
+        path: module for path, module in model.named_modules() if is_linear(module) or isinstance(module, nn.Embedding)
+    }
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The module that makes logits, where the model has one."""
+    get = getattr(model, "get_output_embeddings", None)
+    return get() if get else None
+
+
+def matches(pattern: str, path: str) -> bool:
+    """PEFT's rule: a name matches a path's last parts, an expression the whole path."""
+    if _REGEX_MARKS.search(pattern):
+        return re.fullmatch(pattern, path) is not None
+    return path == pattern or path.endswith("." + pattern)
+
+
+def resolve_targets(model: nn.Module, patterns: Sequence[str], *, all_must_match: bool = True) -> list[str]:
+    """The paths of the layers that ``patterns`` name, in the model's order.
+
+    ``all-linear`` means every linear layer but the output head.
+
+    Raises:
+        AdapterError: a pattern is no valid expression, or matches nothing.
+    """
+    layers = adaptable(model)
+    found: set[str] = set()
+    for pattern in patterns:
+        hits = _hits(model, layers, pattern)
+        if not hits and all_must_match:
+            raise no_such_layer(model, layers, pattern)
+        found |= set(hits)
+    if not found:
+        raise no_such_layer(model, layers, ", ".join(patterns))
+    return [path for path in layers if path in found]
+
+
+def _hits(model: nn.Module, layers: dict[str, nn.Module], pattern: str) -> list[str]:
+    if pattern == ALL_LINEAR:
+        head = output_head(model)
+        return [path for path, module in layers.items() if is_linear(module) and module is not head]
+    try:
+        return [path for path in layers if matches(pattern, path)]
+    except re.error as error:
+        raise AdapterError(f"--targets: '{pattern}' is no valid regular expression: {error}") from None
+
+
+def no_such_layer(model: nn.Module, layers: dict[str, nn.Module], pattern: str) -> AdapterError:
+    """The error for a pattern that matches nothing, with what there is."""
+    leaves = Counter(path.rsplit(".", 1)[-1] for path in layers)
+    others = {path: type(m).__name__ for path, m in model.named_modules() if path and path not in layers}
+    kind = next(
+        (kind for path, kind in others.items() if not _REGEX_MARKS.search(pattern) and matches(pattern, path)), ""
+    )
+    has = ", ".join(f"{name} x{count}" for name, count in sorted(leaves.items(), key=lambda item: -item[1]))
+    return AdapterError(
+        f"--targets: '{pattern}' is a {kind}, which takes no adapter of its own"
+        if kind
+        else f"--targets: the model has no layer called '{pattern}'",
+        ("did you mean", "" if kind else nearest(pattern, [*leaves, ALL_LINEAR])),
+        ("it has", has),
+        ("or", f"--targets {ALL_LINEAR}"),
+    )
+
+
+def shortest_names(model: nn.Module, paths: Iterable[str]) -> list[str]:
+    """The names to write into an adapter's config: last parts where they mean exactly ``paths``, else whole paths."""
+    wanted = set(paths)
+    leaves = sorted({path.rsplit(".", 1)[-1] for path in wanted})
+    hits = {path for path, _ in model.named_modules() if any(matches(leaf, path) for leaf in leaves)}
+    return leaves if hits == wanted else sorted(wanted)

@@ -1,0 +1,80 @@
+"""The Python API: what the commands do, as functions. Reached as ``truetune.load`` and so on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from truetune.adapters import files
+from truetune.adapters import inject as _inject
+from truetune.config.lora import LoRA
+from truetune.config.merge import MergeConfig
+from truetune.config.resolve import resolve
+from truetune.config.sft import SFTConfig
+from truetune.models import load as _load
+from truetune.models.precision import choose_precision
+from truetune.recipes.adapter import check_base
+
+
+def load(model: str, *, dtype: str = "auto", device: str = "cpu", revision: str | None = None) -> Any:
+    """Load a causal language model of transformers from a local folder or the Hub, in ``eval`` mode.
+
+    Args:
+        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
+    Raises:
+        truetune.errors.ModelError: what is wrong with it, and the way out.
+    """
+    config = _load.load_config(model, revision=revision)
+    precision = choose_precision(dtype, _load.checkpoint_dtype(config), device=device, trains_base=False)
+    return _load.load_model(model, dtype=precision.storage, device=device, revision=revision, config=config)
+
+
+def attach(model: nn.Module, config: LoRA, *, seed: int = 0) -> _inject.Attachment:
+    """Freeze a model and put adapters beside the layers that ``config.targets`` names; returns what was wrapped."""
+    return _inject.attach(model, config, seed=seed)
+
+
+def detach(model: nn.Module) -> None:
+    """Take the adapters out again."""
+    _inject.detach(model)
+
+
+def trainable(model: nn.Module) -> dict[str, int]:
+    """Parameters that are trained: name → count."""
+    return _inject.trainable(model)
+
+
+def save_adapter(model: nn.Module, folder: str, *, base: str | None = None) -> None:
+    """Write the model's adapter in PEFT's format."""
+    name = base or getattr(getattr(model, "config", None), "_name_or_path", None)
+    files.save(model, Path(folder), base=name or None)
+
+
+def load_adapter(model: nn.Module, folder: str, *, allow_other_base: bool = False) -> None:
+    """Attach the adapter in ``folder``: ours or PEFT's.
+
+    Raises:
+        truetune.errors.AdapterError: any tensor missing, extra or misshaped, or another base; all named at once.
+    """
+    file = files.read(Path(folder))
+    origin = getattr(getattr(model, "config", None), "_name_or_path", "")
+    if origin and Path(origin).is_dir():
+        check_base(file, Path(origin), allow_other=allow_other_base)
+    files.load(model, file)
+
+
+def sft(config: SFTConfig) -> dict[str, Any]:
+    """The same run that ``truetune sft`` makes; returns what its ``--json`` prints."""
+    from truetune.recipes.sft import run
+
+    flags = {name: getattr(config, name) for name in config.model_fields_set}
+    return run(resolve(SFTConfig, file=None, flags=flags))
+
+
+def merge(model: str, adapter: str, out: str, **settings: Any) -> dict[str, Any]:
+    """The same merge that ``truetune merge`` makes."""
+    from truetune.recipes.merge import run
+
+    return run(resolve(MergeConfig, file=None, flags={"model": model, "adapter": adapter, "out": out, **settings}))

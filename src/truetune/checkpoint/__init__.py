@@ -1,0 +1,1 @@
+"""Run state on disk: atomic, hashed, safetensors and JSON only; nothing is ever unpickled."""

@@ -1,0 +1,1 @@
+"""The command line: finds the command, imports only that recipe."""

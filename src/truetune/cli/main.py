@@ -1,0 +1,102 @@
+"""``truetune COMMAND …``: from the shell to one recipe's ``run``."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import truetune
+from truetune.errors import TruetuneError, nearest
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: where its settings and its recipe are, and a line about it."""
+
+    config: str  # "module:Class"
+    recipe: str  # module with run(resolved)
+    about: str
+
+
+COMMANDS: dict[str, Command] = {
+    "demo": Command(
+        "truetune.config.demo:DemoConfig", "truetune.recipes.demo", "the whole story, offline, in two minutes"
+    ),
+    "sft": Command(
+        "truetune.config.sft:SFTConfig", "truetune.recipes.sft", "fine-tune on instructions or conversations"
+    ),
+    "pretrain": Command("truetune.config.sft:PretrainConfig", "truetune.recipes.pretrain", "train on raw text"),
+    "merge": Command("truetune.config.merge:MergeConfig", "truetune.recipes.merge", "fold an adapter into its base"),
+    "generate": Command("truetune.config.generate:GenerateConfig", "truetune.recipes.generate", "answer a prompt"),
+    "inspect": Command(
+        "truetune.config.inspect:InspectConfig", "truetune.recipes.inspect", "say what a file or folder is"
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code (DESIGN.md section 7)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    # Said before any library is imported that would phone home or spin up worker threads of its own.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        return _dispatch(arguments)
+    except TruetuneError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped; nothing after the last checkpoint was saved", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception:
+        traceback.print_exc()
+        print("error: this is a fault of truetune's, not yours; the lines above say where", file=sys.stderr)
+        return 3
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        print(f"truetune {truetune.__version__}")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        raise TruetuneError(
+            f"there is no command '{name}'", ("did you mean", nearest(name, COMMANDS)), ("known", ", ".join(COMMANDS))
+        )
+    return _run(name, rest)
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    from truetune.cli.flags import parse
+    from truetune.config.resolve import resolve
+
+    command = COMMANDS[name]
+    module, _, class_name = command.config.partition(":")
+    config_class = getattr(importlib.import_module(module), class_name)
+    flags, file, as_json = parse(name, config_class, arguments)
+    resolved = resolve(config_class, file=file, flags=flags)
+    result = importlib.import_module(command.recipe).run(resolved)
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False, default=str))
+    return 0
+
+
+def overview() -> str:
+    """The text of ``truetune --help``."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}   {command.about}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        ["truetune: fine-tune with few parameters, and prove that what was trained is what is served.", "",
+         "usage: truetune COMMAND [settings]", "", *lines, "", "truetune COMMAND --help lists a command's settings."]
+    )  # fmt: skip

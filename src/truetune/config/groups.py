@@ -1,0 +1,146 @@
+"""The groups of settings that the training commands share."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import field_validator
+
+from truetune.config.lora import LoRA
+from truetune.config.methods import MethodName
+from truetune.config.options import Options, option
+
+
+class BaseGroup(Options):
+    """Which model, in which precision, where."""
+
+    model: str = option(
+        help="the base: a local folder, or a name on the Hub", group="base", alias=("model_name_or_path", "base_model")
+    )
+    revision: str | None = option(None, help="branch, tag or commit of a Hub model", group="base")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto",
+        help="precision of the frozen weights; auto keeps the checkpoint's where this machine computes it fast",
+        group="base",
+        alias=("torch_dtype",),
+    )
+    device: Literal["auto", "cpu", "cuda"] = option("auto", help="where to compute", group="base")
+
+
+class LengthGroup(Options):
+    """Limits and splits that every kind of data has."""
+
+    max_length: int | None = option(
+        None,
+        help="longest example, in tokens (default: the model's context, at most 2048)",
+        group="dataset",
+        alias=("max_seq_length", "cutoff_len"),
+        gt=1,
+    )
+    packing: bool | None = option(
+        None,
+        help="join examples into rows without padding (default: yes where the model keeps them apart exactly)",
+        group="dataset",
+    )
+    val_split: float = option(
+        0.0, help="share of the rows held out, chosen by a hash of their content", group="dataset", ge=0.0, lt=1.0
+    )
+    val_data: tuple[str, ...] = option(
+        (), help="files with held-out rows", group="dataset", alias=("eval_data", "val_dataset")
+    )
+    max_bad_rows: int = option(
+        0, help="faulty rows that may be left out (each is listed in data/rejects.jsonl)", group="dataset", ge=0
+    )
+
+
+class TuningGroup(LoRA):
+    """What is trained, and how it is parametrised."""
+
+    method: MethodName = option("lora", help="how to tune", group="tuning", alias=("tuner_type", "train_type"))
+
+    def lora(self) -> LoRA:
+        """The adapter's settings alone."""
+        return LoRA(**{name: getattr(self, name) for name in LoRA.model_fields})
+
+
+class TrainingGroup(Options):
+    """The optimizer's side of a run."""
+
+    lr: float | None = option(
+        None,
+        help="peak learning rate (default: 2e-4 for lora, 2e-5 for full)",
+        group="training",
+        alias=("learning_rate",),
+        gt=0,
+    )
+    schedule: Literal["cosine", "linear", "constant"] = option(
+        "cosine", help="shape of the learning rate after the warm-up", group="training", alias=("lr_scheduler_type",)
+    )
+    warmup: float = option(
+        0.03,
+        help="warm-up: a share of all steps below 1, a number of steps from 1 on",
+        group="training",
+        alias=("warmup_ratio", "warmup_steps"),
+        ge=0,
+    )
+    weight_decay: float = option(0.0, help="AdamW's decoupled decay", group="training", ge=0)
+    clip: float = option(
+        1.0,
+        help="largest norm of the gradient; 0 turns clipping off",
+        group="training",
+        alias=("max_grad_norm", "grad_clip"),
+        ge=0,
+    )
+    epochs: float = option(3.0, help="passes over the data", group="training", alias=("num_train_epochs",), gt=0)
+    max_steps: int | None = option(None, help="stop after this many optimizer steps", group="training", gt=0)
+    batch_size: int = option(
+        16,
+        help="examples per optimizer step, over all micro-batches",
+        group="training",
+        alias=("global_batch_size",),
+        gt=0,
+    )
+    micro_tokens: int | None = option(
+        None,
+        help="tokens per micro-batch (default: what fits in memory); the result does not depend on it",
+        group="training",
+        gt=0,
+    )
+    seed: int = option(0, help="seed of the adapter's start, the data order and dropout", group="training", ge=0)
+
+
+class RunGroup(Options):
+    """Where the run lives, and what it does along the way."""
+
+    out: str = option("out", help="the run's folder", group="run", alias=("output_dir", "output"), min_length=1)
+    eval_every: int = option(
+        0,
+        help="steps between evaluations on the held-out rows; 0: only before and after",
+        group="run",
+        alias=("eval_steps",),
+        ge=0,
+    )
+    save_every: int = option(
+        100, help="steps between checkpoints; 0: only at the end", group="run", alias=("save_steps",), ge=0
+    )
+    keep: int = option(
+        2, help="newest checkpoints to keep; the best one stays as well", group="run", alias=("save_total_limit",), ge=1
+    )
+    select: Literal["last", "best"] = option(
+        "last", help="which state becomes the result: the last, or the one with the lowest held-out loss", group="run"
+    )
+    resume: str | None = option(
+        None,
+        help="auto: go on from the newest valid checkpoint in --out; or a checkpoint's folder",
+        group="run",
+        alias=("resume_from_checkpoint",),
+    )
+    log_every: int = option(1, help="steps between rows of log.jsonl", group="run", alias=("logging_steps",), ge=1)
+    dry_run: bool = option(False, help="print the plan (rows, tokens, steps, memory, time) and stop", group="run")
+
+    @field_validator("out")
+    @classmethod
+    def _not_blank(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("a folder's name")
+        return value

@@ -1,0 +1,76 @@
+"""Settings of ``truetune sft`` and ``truetune pretrain``."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+from typing_extensions import Self
+
+from truetune.config.groups import BaseGroup, LengthGroup, RunGroup, TrainingGroup, TuningGroup
+from truetune.config.options import option
+
+
+class TrainConfig(BaseGroup, LengthGroup, TuningGroup, TrainingGroup, RunGroup):
+    """What both training commands have in common; not a command of its own."""
+
+    data: tuple[str, ...] = option(
+        help="files, folders or globs: json, jsonl, csv, parquet, txt",
+        group="dataset",
+        alias=("dataset",),
+        min_length=1,
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.select == "best" and not (self.val_split or self.val_data):
+            raise ValueError("--select best needs held-out rows: add --val-split 0.05 or --val-data FILE")
+        if self.eval_every and not (self.val_split or self.val_data):
+            raise ValueError("--eval-every needs held-out rows: add --val-split 0.05 or --val-data FILE")
+        if self.method == "full":
+            _refuse_adapter_settings(self)
+        return self
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate asked for, or the method's usual one."""
+        return self.lr if self.lr is not None else {"lora": 2e-4, "full": 2e-5}[self.method]
+
+
+class SFTConfig(TrainConfig):
+    """Settings of ``truetune sft``: supervised fine-tuning on instructions, conversations or texts."""
+
+    format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt-completion", "text"] = option(
+        "auto", help="form of the rows; auto tells it from the columns", group="dataset"
+    )
+    template: str = option(
+        "auto",
+        help="chat template: auto (the tokenizer's own), alpaca, chatml, plain, or a Jinja file",
+        group="dataset",
+    )
+    system: str | None = option(
+        None, help="system message for conversations that have none", group="dataset", alias=("default_system",)
+    )
+    on_overlong: Literal["auto", "error", "drop", "truncate"] = option(
+        "auto",
+        help="rows over --max-length: auto leaves out up to 1 % (or one row) and stops above, error stops at the first",
+        group="dataset",
+    )
+    train_on: Literal["assistant", "last", "all"] = option(
+        "assistant", help="tokens that carry a loss: every answer, the last answer, or everything", group="dataset"
+    )
+
+
+class PretrainConfig(TrainConfig):
+    """Settings of ``truetune pretrain``: every token of raw text is learned, cut into blocks of --max-length."""
+
+    method: Literal["lora", "full"] = option("full", help="how to tune", group="tuning")
+
+
+def _refuse_adapter_settings(config: TrainConfig) -> None:
+    """An adapter's setting beside ``--method full`` would be taken and dropped."""
+    adapter_only = ("rank", "alpha", "dropout", "targets", "use_rslora", "trainable")
+    given = [name for name in adapter_only if name in config.model_fields_set]
+    if given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"{flags}: an adapter's setting, and --method full trains no adapter")

@@ -1,0 +1,77 @@
+"""alpaca: an instruction, an optional input, an output.
+
+Spellings in the wild: `response` for the output (GPTeacher, Dolly), `context` for the input (Dolly), earlier turns in
+`history`, and self-instruct's `instances`, a list of one {input, output}. Texts are kept byte for byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from truetune.data.formats.checks import (
+    RowError,
+    answer_field,
+    check_answers,
+    expect_list,
+    expect_object,
+    optional_text,
+    text_field,
+)
+from truetune.data.schema import Message, RawRow, Row
+
+NAME = "alpaca"
+COLUMNS = "instruction, input (optional), output or response"
+
+
+def fits(columns: set[str]) -> bool:
+    """Whether a row with these fields is meant to be of this format."""
+    return "instruction" in columns and not columns.isdisjoint({"output", "response", "instances"})
+
+
+def parse(raw: RawRow) -> Row:
+    """A conversation: system (if given), earlier turns, the user's turn, the answer.
+
+    Raises:
+        RowError: ``not_an_object``, ``missing_field``, ``wrong_type``, ``empty_output``.
+    """
+    value = _flat(expect_object(raw.value))
+    instruction = text_field(value, "instruction")
+    added = optional_text(value, "input" if "input" in value else "context")
+    answer = answer_field(value, "response" if "output" not in value and "response" in value else "output")
+    system = optional_text(value, "system")
+    messages = [Message("system", system)] if system else []
+    messages += _history(value)
+    messages += [_question(instruction, added), Message("assistant", answer)]
+    check_answers(messages)
+    return Row(raw.origin, messages=tuple(messages))
+
+
+def _question(instruction: str, added: str) -> Message:
+    content = "\n\n".join(part for part in (instruction, added) if part)
+    return Message("user", content, instruction=instruction, input=added)
+
+
+def _history(value: Mapping[str, Any]) -> list[Message]:
+    if value.get("history") is None:
+        return []
+    messages = []
+    for number, pair in enumerate(expect_list(value, "history"), start=1):
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise RowError("wrong_type", f"`history` turn {number}: a pair [question, answer] of texts is expected")
+        question, answer = pair
+        if not answer.strip():
+            raise RowError("empty_output", f"`history` turn {number}: the answer is empty or white space only")
+        messages += [_question(question, ""), Message("assistant", answer)]
+    return messages
+
+
+def _flat(value: Mapping[str, Any]) -> Mapping[str, Any]:
+    """self-instruct's one instance, lifted into the row."""
+    if "instances" not in value or "output" in value:
+        return value
+    instances = expect_list(value, "instances")
+    if len(instances) != 1:
+        detail = f"`instances` holds {len(instances)}; expected is exactly one: write one row for each"
+        raise RowError("wrong_type", detail)
+    return {"instruction": value.get("instruction"), **expect_object(instances[0], what="`instances` entry 1")}

@@ -1,0 +1,169 @@
+"""What every format asks of a row, each check with its own reason and a sentence that says what was found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from truetune.data.schema import Message
+from truetune.errors import nearest
+
+# Every field that some format knows: none of them is a misspelling of another.
+FIELDS = {
+    "instruction", "input", "context", "output", "response", "history", "system", "instances", "messages", "role",
+    "content", "conversations", "from", "value", "tools", "prompt", "completion", "question", "answer", "text", "code",
+}  # fmt: skip
+_MEDIA = ("images", "image", "videos", "audios")
+
+
+class RowError(Exception):
+    """A row that can't be trained on: ``reason`` is the slug to count by, ``detail`` the sentence."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        self.reason = reason
+        self.detail = detail
+        super().__init__(detail)
+
+
+def refuse_unsupervised(value: Mapping[str, Any]) -> None:
+    """Refuse rows made for another kind of training, whatever format their other columns fit.
+
+    Raises:
+        RowError: ``preference`` (pairs of a better and a worse answer, or answers with a verdict), ``media``.
+    """
+    for pair in (("chosen", "rejected"), ("response_j", "response_k")):
+        if all(column in value for column in pair):
+            names = ", ".join(f"`{column}`" for column in value)
+            raise RowError("preference", f"a preference row ({names}): no row for supervised training")
+    if isinstance(value.get("label"), bool):
+        verdict = "`label` true or false judges the answer"
+        raise RowError("preference", f"a preference row ({verdict}): no row for supervised training")
+    for column in _MEDIA:
+        if value.get(column):
+            detail = f"`{column}` holds {_kind(value[column])}: only text can be trained on"
+            raise RowError("media", detail)
+
+
+def text_field(value: Mapping[str, Any], name: str, *, where: str = "", hint: str = "") -> str:
+    """A field that must be there and be text; it may be empty.
+
+    Args:
+        value: the row, or the turn.
+        name: the field.
+        where: words before the field's name, such as ``message 2: ``.
+        hint: the likely cause, when the caller knows one.
+
+    Raises:
+        RowError: ``missing_field`` or ``wrong_type``.
+    """
+    if name not in value:
+        close = nearest(name, [str(key) for key in value if key not in FIELDS])
+        cause = hint or (f"is `{close}` meant?" if close else f"the fields are {list_fields(value)}")
+        raise RowError("missing_field", f"{where}`{name}` is missing; {cause}")
+    if not isinstance(value[name], str):
+        detail = f"{where}`{name}` is {_kind(value[name])}, text is expected"
+        raise RowError("wrong_type", detail + (f"; {hint}" if hint else ""))
+    return str(value[name])
+
+
+def optional_text(value: Mapping[str, Any], name: str) -> str:
+    """A field that may be absent or null (a Parquet table has null for absent); then ``""``.
+
+    Raises:
+        RowError: ``wrong_type``.
+    """
+    return "" if value.get(name) is None else text_field(value, name)
+
+
+def answer_field(value: Mapping[str, Any], name: str, *, where: str = "") -> str:
+    """A text to be learned: like ``text_field``, and not blank.
+
+    Raises:
+        RowError: ``missing_field``, ``wrong_type`` or ``empty_output``.
+    """
+    text = text_field(value, name, where=where)
+    if not text.strip():
+        found = "holds white space only" if text else "is empty"
+        raise RowError("empty_output", f"{where}`{name}` {found}: nothing to learn from")
+    return text
+
+
+def check_answers(messages: Sequence[Message]) -> None:
+    """At least one answer of the assistant with something in it.
+
+    Raises:
+        RowError: ``no_answer`` or ``empty_output``.
+    """
+    answers = [message.content for message in messages if message.role == "assistant"]
+    if any(answer.strip() for answer in answers):
+        return
+    if answers:
+        raise RowError("empty_output", "every assistant message is empty or white space only: nothing to learn from")
+    if all(message.role == "system" for message in messages):
+        found = "only a system message" if len(messages) == 1 else f"{len(messages)} system messages and nothing else"
+        raise RowError("no_answer", f"{found}: nothing to learn from")
+    roles = ", ".join(message.role for message in messages[:6])
+    raise RowError("no_answer", f"no assistant message (found: {roles}): nothing to learn from")
+
+
+def parse_tools(value: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    """The ``tools`` of a row, given as a list of objects or as JSON text of one; absent, null and empty mean none.
+
+    Raises:
+        RowError: ``bad_tools``.
+    """
+    tools = value.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except (ValueError, RecursionError) as error:
+            raise RowError("bad_tools", f"`tools` is text, but not valid JSON: {error}") from error
+    if not tools:
+        return ()
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise RowError("bad_tools", f"`tools` is {_kind(tools)}, a list of objects (or JSON text of one) is expected")
+    return tuple(tools)
+
+
+def expect_object(value: Any, *, what: str = "the row") -> Mapping[str, Any]:
+    """``value`` as a mapping from field to value.
+
+    Raises:
+        RowError: ``not_an_object``.
+    """
+    if not isinstance(value, dict):
+        raise RowError("not_an_object", f"{what} is {_kind(value)}, an object with fields is expected")
+    return value
+
+
+def expect_list(value: Mapping[str, Any], name: str) -> list[Any]:
+    """A field that must be there and be a list; it may be empty.
+
+    Raises:
+        RowError: ``missing_field`` or ``wrong_type``.
+    """
+    found = value[name] if name in value else text_field(value, name)  # text_field words the missing field
+    if isinstance(found, list):
+        return found
+    cause = "; perhaps the file is CSV, which can't hold lists: use JSON lines" if isinstance(found, str) else ""
+    raise RowError("wrong_type", f"`{name}` is {_kind(found)}, a list is expected{cause}")
+
+
+def list_fields(value: Mapping[str, Any]) -> str:
+    """The names of a row's fields as a sentence shows them."""
+    return ", ".join(f"`{name}`" for name in value) or "none"
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return "a number"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    if isinstance(value, str):
+        return "text"
+    return "an object" if isinstance(value, dict) else f"a {type(value).__name__}"

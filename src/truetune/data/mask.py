@@ -1,0 +1,145 @@
+"""From conversations to tokens and a mask, by structure and never by searching strings.
+
+For every answer that is trained, the template is rendered up to it (the very prompt that generation will send) and
+with it. The answer's tokens are what the second has beyond the first, up to and including one stop token. So the prompt
+that is trained on and the prompt that is served are one and the same list of ids, checked row by row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+from truetune.data.schema import Message, Reject, Row, TokenSet
+from truetune.data.template import Template, TextEncoder
+from truetune.errors import TemplateError
+
+TrainOn = Literal["assistant", "last", "all"]
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    """One row as text, with the character spans that are trained."""
+
+    row: Row
+    text: str
+    spans: tuple[tuple[int, int], ...]
+
+
+def encode_rows(
+    rows: Sequence[Row],
+    template: Template | None,
+    encoder: TextEncoder,
+    *,
+    train_on: TrainOn,
+    system: str | None = None,
+) -> tuple[TokenSet, list[Reject]]:
+    """Tokenise rows and mark what is trained.
+
+    Args:
+        rows: conversations, or plain texts (which are trained as a whole, ended by the end token).
+        template: needed as soon as one row is a conversation.
+        system: put in front of conversations that have no system message.
+    Returns:
+        The examples, and the rows that can't be rendered so that train and serve agree, with the reason.
+    """
+    rendered: list[_Rendered] = []
+    rejects: list[Reject] = []
+    for row in rows:
+        try:
+            rendered.append(_render(row, template, encoder, train_on=train_on, system=system))
+        except TemplateError as error:
+            rejects.append(Reject(row.origin, "template", error.message))
+    kept, ids, flags = [], [], []
+    for item, (tokens, trained) in zip(rendered, _tokenise(rendered, encoder), strict=True):
+        problem = _mask_problem(item, tokens, trained, encoder)
+        if problem:
+            rejects.append(Reject(item.row.origin, *problem))
+        else:
+            kept.append(item.row.origin)
+            ids.append(tokens)
+            flags.append(trained)
+    return TokenSet.from_lists(ids, flags, kept), rejects
+
+
+def _render(
+    row: Row, template: Template | None, encoder: TextEncoder, *, train_on: TrainOn, system: str | None
+) -> _Rendered:
+    if not row.messages:
+        text = encoder.bos_token + row.text + encoder.eos_token
+        return _Rendered(row, text, ((len(encoder.bos_token), len(text)),))
+    assert template is not None
+    messages = row.messages
+    if system is not None and messages[0].role != "system":
+        messages = (Message("system", system), *messages)
+    if row.tools and "tools" not in template.source:
+        raise TemplateError("the row brings tools, and the template has no place for them")
+    full = template.render(encoder, messages, tools=row.tools, prompt=False)
+    if train_on == "all":
+        return _Rendered(row, full, ((len(encoder.bos_token), len(full.rstrip())),))
+    answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
+    spans = []
+    for index in answers[-1:] if train_on == "last" else answers:
+        before = template.render(encoder, messages[:index], tools=row.tools, prompt=True)
+        upto = template.render(encoder, messages[: index + 1], tools=row.tools, prompt=False).rstrip()
+        if not (full.startswith(upto) and upto.startswith(before)):
+            raise TemplateError(
+                f"the template words turn {index + 1} differently once more turns follow, so what is trained would not "
+                "be what is served; --train-on last trains the last answer alone"
+            )
+        spans.append((len(before), len(upto)))
+    return _Rendered(row, full, tuple(spans))
+
+
+def _tokenise(items: Sequence[_Rendered], encoder: TextEncoder) -> list[tuple[list[int], list[bool]]]:
+    """Ids and flags of each text.
+
+    A text is encoded as a whole, and once more up to each border of a span: where the shorter ids are a prefix of the
+    longer ones, their number is the border. Where a merge reaches across a border, the text is cut there instead.
+    """
+    texts, borders = [], []
+    for item in items:
+        edges = sorted({edge for span in item.spans for edge in span} - {0, len(item.text)})
+        borders.append(edges)
+        texts += [item.text, *(item.text[:edge] for edge in edges)]
+    encoded = iter(encoder.encode(texts))
+    result = []
+    for item, edges in zip(items, borders, strict=True):
+        ids, prefixes = next(encoded), [next(encoded) for _ in edges]
+        if any(ids[: len(prefix)] != prefix for prefix in prefixes):
+            ids, counts = _cut(item.text, edges, encoder)
+        else:
+            counts = [len(prefix) for prefix in prefixes]
+        position = {0: 0, **dict(zip(edges, counts, strict=True)), len(item.text): len(ids)}
+        flags = [False] * len(ids)
+        for start, end in item.spans:
+            flags[position[start] : position[end]] = [True] * (position[end] - position[start])
+        result.append((ids, flags))
+    return result
+
+
+def _cut(text: str, edges: Sequence[int], encoder: TextEncoder) -> tuple[list[int], list[int]]:
+    """Encode the pieces between borders one by one: exactly what generation sees at each of them."""
+    bounds = [0, *edges, len(text)]
+    pieces = encoder.encode([text[a:b] for a, b in pairwise(bounds)])
+    ids: list[int] = []
+    counts = []
+    for piece in pieces:
+        ids += piece
+        counts.append(len(ids))
+    return ids, counts[:-1]
+
+
+def _mask_problem(
+    item: _Rendered, tokens: Sequence[int], trained: Sequence[bool], encoder: TextEncoder
+) -> tuple[str, str] | None:
+    """Why an example must not be trained on: no trained token, or an answer that never learns to stop."""
+    if not any(trained):
+        return "nothing_trained", "no token of this row carries a loss"
+    ends = [i for i, flag in enumerate(trained) if flag and (i + 1 == len(trained) or not trained[i + 1])]
+    if item.row.messages and any(tokens[end] not in encoder.stop_ids for end in ends):
+        last = encoder.decode([tokens[ends[-1]]])
+        return "no_stop_token", f"the answer ends in {last!r}, and no stop token is trained; the template must add one"
+    return None

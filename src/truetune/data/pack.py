@@ -1,0 +1,117 @@
+"""Micro-batches: which examples share a row, and the tensors a model is given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from truetune.data.schema import TokenSet
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch, packed (one row of whole examples end to end) or padded (one example a row).
+
+    Attributes:
+        input_ids: [B, T] int64.
+        position_ids: [B, T] int64, starting at 0 in every example.
+        attention_mask: [B, T] int64, 1 on real tokens; None when packed.
+        lengths: tokens of each packed example; None when padded.
+        columns: [c] int64, the positions along T whose logits are needed by any row.
+        picks: [n] int64 into the flattened [B * c] logits, one per trained token.
+        targets: [n] int64, the token to predict there.
+        examples: which examples it holds.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor | None
+    lengths: tuple[int, ...] | None
+    columns: Tensor
+    picks: Tensor
+    targets: Tensor
+    examples: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens, padding not counted."""
+        return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
+
+    @property
+    def trained(self) -> int:
+        """Tokens that carry a loss."""
+        return len(self.targets)
+
+
+def group(lengths: Sequence[int], budget: int, *, packing: bool) -> list[list[int]]:
+    """Cut the examples of one step into micro-batches of at most ``budget`` tokens, padding counted.
+
+    Packed: best fit, longest first. Padded: neighbours in length, so that little is padded. An example over the budget
+    stands alone.
+
+    Returns:
+        Positions into ``lengths``; every position once.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for i in order:
+        cost = lengths[i] if packing else max([lengths[i], *(lengths[j] for j in bins[-1])] if bins else [lengths[i]])
+        if packing:
+            fits = [b for b in range(len(bins)) if room[b] >= cost]
+            best = min(fits, key=lambda b: room[b], default=None)
+        else:
+            best = len(bins) - 1 if bins and cost * (len(bins[-1]) + 1) <= budget else None
+        if best is None:
+            bins.append([i])
+            room.append(budget - cost)
+        else:
+            bins[best].append(i)
+            room[best] -= cost
+    return bins
+
+
+def collate(data: TokenSet, examples: Sequence[int], *, packing: bool) -> Batch:
+    """The tensors of one micro-batch."""
+    items = [data.example(i) for i in examples]
+    return _packed(items, tuple(examples)) if packing else _padded(items, tuple(examples))
+
+
+def _predicting(trained: Tensor) -> Tensor:
+    """[m] int64: the positions whose next token is trained."""
+    return trained[1:].nonzero()[:, 0]
+
+
+def _packed(items: Sequence[tuple[Tensor, Tensor]], examples: tuple[int, ...]) -> Batch:
+    lengths = tuple(len(tokens) for tokens, _ in items)
+    starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
+    ids = torch.cat([tokens for tokens, _ in items]).long()
+    columns = torch.cat([_predicting(flags) + start for (_, flags), start in zip(items, starts, strict=False)])
+    return Batch(
+        input_ids=ids[None],
+        position_ids=torch.cat([torch.arange(n) for n in lengths])[None],
+        attention_mask=None,
+        lengths=lengths,
+        columns=columns,
+        picks=torch.arange(len(columns)),
+        targets=ids[columns + 1],
+        examples=examples,
+    )
+
+
+def _padded(items: Sequence[tuple[Tensor, Tensor]], examples: tuple[int, ...]) -> Batch:
+    width = max(len(tokens) for tokens, _ in items)
+    ids = torch.zeros(len(items), width, dtype=torch.int64)
+    mask = torch.zeros(len(items), width, dtype=torch.int64)
+    for row, (tokens, _) in enumerate(items):
+        ids[row, : len(tokens)] = tokens
+        mask[row, : len(tokens)] = 1
+    wanted = [_predicting(flags) for _, flags in items]
+    columns = torch.unique(torch.cat(wanted))
+    picks = torch.cat([row * len(columns) + torch.searchsorted(columns, w) for row, w in enumerate(wanted)])
+    targets = torch.cat([ids[row, w + 1] for row, w in enumerate(wanted)])
+    positions = torch.arange(width).expand(len(items), width).contiguous()
+    return Batch(ids, positions, mask, None, columns, picks, targets, examples)

@@ -1,0 +1,74 @@
+"""Which examples each optimizer step sees: a pure function of (seed, step), so that resuming needs no state."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from truetune.data.pack import Batch, collate, group
+from truetune.data.schema import TokenSet
+from truetune.ops.rng import permutation
+
+
+@dataclass
+class StepPlan:
+    """The whole run's order.
+
+    Attributes:
+        data: the examples.
+        batch_size: examples per optimizer step.
+        micro_tokens: most tokens in a micro-batch, padding counted.
+        packing: see ``data.pack``.
+        seed: of the order; each pass over the data has a shuffle of its own.
+        steps: optimizer steps in all.
+        total: examples in all, over all passes; the last step takes what is left.
+    """
+
+    data: TokenSet
+    batch_size: int
+    micro_tokens: int
+    packing: bool
+    seed: int
+    steps: int
+    total: int
+
+    @classmethod
+    def build(
+        cls, data: TokenSet, *, batch_size: int, micro_tokens: int, packing: bool, seed: int, epochs: float,
+        max_steps: int | None,
+    ) -> StepPlan:  # fmt: skip
+        """Plan ``epochs`` passes, or exactly ``max_steps`` steps when given."""
+        total = max(1, round(len(data) * epochs))
+        steps = math.ceil(total / batch_size)
+        if max_steps is not None:
+            steps, total = max_steps, max_steps * batch_size
+        return cls(data, batch_size, micro_tokens, packing, seed, steps, total)
+
+    def __post_init__(self) -> None:
+        self._shuffled: tuple[int, Tensor] | None = None
+
+    def examples(self, step: int) -> list[int]:
+        """The examples of step ``step`` (counted from 0); a step may reach into the next pass."""
+        first = step * self.batch_size
+        return [self._at(i) for i in range(first, min(first + self.batch_size, self.total))]
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        """The micro-batches of a step."""
+        examples = self.examples(step)
+        lengths = [int(self.data.lengths[i]) for i in examples]
+        groups = group(lengths, self.micro_tokens, packing=self.packing)
+        return [collate(self.data, [examples[i] for i in members], packing=self.packing) for members in groups]
+
+    def _at(self, position: int) -> int:
+        epoch, index = divmod(position, len(self.data))
+        if self._shuffled is None or self._shuffled[0] != epoch:
+            self._shuffled = (epoch, permutation(len(self.data), self.seed, "order", epoch))
+        return int(self._shuffled[1][index])
+
+
+def sequential_batches(data: TokenSet, micro_tokens: int, *, packing: bool) -> list[Batch]:
+    """All examples once, for evaluation."""
+    groups = group(data.lengths.tolist(), micro_tokens, packing=packing)
+    return [collate(data, members, packing=packing) for members in groups]

@@ -1,0 +1,81 @@
+"""CSV: a header row, then one row per record."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from truetune.data.rejects import excerpt
+from truetune.data.schema import Origin, RawRow, Reject
+from truetune.errors import DataError
+
+
+def parse_csv(name: str, stream: BinaryIO) -> tuple[list[RawRow], list[Reject]]:
+    """Rows numbered by record from 1, the header not counted. All values are strings, as CSV knows no other type.
+
+    Raises:
+        DataError: a header that can't be read, names a column twice, or is parted by something else than commas.
+    """
+    rows: list[RawRow] = []
+    rejects: list[Reject] = []
+    limit = csv.field_size_limit(2**31 - 1)  # the default refuses fields over 128 KiB
+    try:
+        # surrogateescape keeps an invalid byte recognisable in its own record, so the others stay usable
+        with io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="") as text:
+            header, records = _records(name, text)
+            for number, (line, record) in enumerate(records, start=1):
+                origin = Origin(name, number)
+                if isinstance(record, csv.Error):
+                    rejects.append(Reject(origin, "bad_csv", _broken(record, line=line)))
+                elif fault := _fault(record, width=len(header), line=line):
+                    rejects.append(Reject(origin, *fault, excerpt(record)))
+                else:
+                    rows.append(RawRow(origin, dict(zip(header, record, strict=True))))
+    finally:
+        csv.field_size_limit(limit)
+    return rows, rejects
+
+
+def _records(name: str, text: io.TextIOWrapper) -> tuple[list[str], Iterator[tuple[int, list[str] | csv.Error]]]:
+    # strict: otherwise a quote that is never closed swallows the rest of the file without a word
+    reader = csv.reader(text, strict=True)
+    try:
+        header = next((record for record in reader if record), [])
+    except csv.Error as error:
+        raise DataError(f"{name}: the header can't be read: {error}") from error
+    if len(header) == 1 and any(mark in header[0] for mark in ";\t|"):
+        raise DataError(f"{name}: one column called {header[0]!r}", ("expected", "columns parted by commas"))
+    if twice := sorted({column for column in header if header.count(column) > 1}):
+        raise DataError(f"{name}: the header names a column twice: {', '.join(twice)}")
+
+    def records() -> Iterator[tuple[int, list[str] | csv.Error]]:
+        while True:
+            line = reader.line_num + 1
+            try:
+                record = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield line, error
+                continue
+            if record:  # a blank line is no record
+                yield line, record
+
+    return header, records()
+
+
+def _broken(error: csv.Error, *, line: int) -> str:
+    unclosed = "a quote is opened and never closed: the rest of the file is one field"
+    words = unclosed if "end of data" in str(error) else str(error)
+    return f"not valid CSV from line {line} on: {words}"
+
+
+def _fault(record: list[str], *, width: int, line: int) -> tuple[str, str] | None:
+    if len(record) != width:
+        return "bad_csv", f"{len(record)} fields where the header has {width} (the record starts on line {line})"
+    escaped = next((c for field in record for c in field if "\udc80" <= c <= "\udcff"), "")
+    if escaped:
+        return "not_utf8", f"not UTF-8: byte 0x{ord(escaped) - 0xDC00:02X} in the record that starts on line {line}"
+    return None

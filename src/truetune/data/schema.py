@@ -1,0 +1,126 @@
+"""What the data layer speaks of: messages, rows as read, rejects with their reason, and tokenised examples.
+
+A row is found by its file and its number (the line of a JSONL file, the position in a JSON array, CSV or Parquet
+table; counted from 1), and keeps both through every stage, so that any later report can name it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a row came from."""
+
+    file: str
+    row: int  # counted from 1
+
+    def __str__(self) -> str:
+        return f"{self.file}, row {self.row}"
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation.
+
+    ``instruction`` and ``input`` are set for alpaca rows, whose template words the two apart; ``content`` then
+    holds both joined, for every other template.
+    """
+
+    role: str  # one of ROLES
+    content: str
+    instruction: str | None = None
+    input: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RawRow:
+    """A row as the file holds it, before its format is known. ``value`` is whatever JSON allows."""
+
+    origin: Origin
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row whose format is understood: a conversation, or a plain text (then ``messages`` is empty)."""
+
+    origin: Origin
+    messages: tuple[Message, ...] = ()
+    text: str = ""
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """A row that is not used, and why.
+
+    ``reason`` is a short slug to count by (``bad_json``, ``missing_field``, …); ``detail`` is the sentence a person
+    reads; ``raw`` is the start of the row as found, for ``rejects.jsonl``.
+    """
+
+    origin: Origin
+    reason: str
+    detail: str
+    raw: str = ""
+
+
+@dataclass(slots=True)
+class TokenSet:
+    """Tokenised examples in four flat arrays.
+
+    Attributes:
+        tokens: [N] int32, all examples one after another.
+        trained: [N] bool, True where the token is one to learn.
+        offsets: [rows + 1] int64; example i is ``tokens[offsets[i]:offsets[i + 1]]``.
+        origins: the row each example came from, length rows.
+    """
+
+    tokens: Tensor
+    trained: Tensor
+    offsets: Tensor
+    origins: Sequence[Origin] = field(default_factory=list)
+
+    @classmethod
+    def from_lists(
+        cls, tokens: Sequence[Sequence[int]], trained: Sequence[Sequence[bool]], origins: Sequence[Origin]
+    ) -> TokenSet:
+        """Build from one list of ids and one of flags per example."""
+        lengths = torch.tensor([len(ids) for ids in tokens], dtype=torch.int64)
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+        flat_tokens = torch.tensor([t for ids in tokens for t in ids], dtype=torch.int32)
+        flat_trained = torch.tensor([t for flags in trained for t in flags], dtype=torch.bool)
+        return cls(flat_tokens, flat_trained, offsets, list(origins))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> Tensor:
+        """[rows] int64, tokens per example."""
+        return self.offsets.diff()
+
+    def example(self, index: int) -> tuple[Tensor, Tensor]:
+        """Example ``index`` as ``(tokens [n] int32, trained [n] bool)`` views."""
+        start, end = int(self.offsets[index]), int(self.offsets[index + 1])
+        return self.tokens[start:end], self.trained[start:end]
+
+    def ends(self) -> Tensor:
+        """[m] int32: the last token of every trained stretch."""
+        after = torch.cat([self.trained[1:], torch.zeros(1, dtype=torch.bool)])
+        after[self.offsets[1:-1] - 1] = False
+        return self.tokens[self.trained & ~after]
+
+    def trained_count(self) -> int:
+        """Tokens that carry a loss: the first token of an example has no predecessor to be predicted from."""
+        flags = self.trained.clone()
+        flags[self.offsets[:-1][self.lengths > 0]] = False
+        return int(flags.sum())

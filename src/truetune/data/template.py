@@ -1,0 +1,141 @@
+"""Chat templates: the tokenizer's own, a named one, or a file; all of them Jinja, all rendered the same way.
+
+There is no silent default. A template that trained an adapter is stored with it (source and hash), so that generating
+and merging word their prompts as training did.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from truetune.data.schema import Message
+from truetune.errors import TemplateError, nearest
+
+
+class TextEncoder(Protocol):
+    """What this layer needs of a tokenizer."""
+
+    own_template: str | None
+    bos_token: str  # "" unless the tokenizer puts one in front of every text by itself
+    eos_token: str
+    stop_ids: frozenset[int]
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, with no special token added."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens included."""
+
+    def has_token(self, text: str) -> bool:
+        """Whether ``text`` is one token of the vocabulary."""
+
+    def render(self, messages: Sequence[Mapping[str, Any]], source: str, *, tools: Any, prompt: bool) -> str:
+        """Run a Jinja template in a sandbox; ``prompt`` adds what comes in front of an answer."""
+
+
+_ALPACA = """\
+{%- set ns = namespace(head='Below is an instruction that describes a task, paired with an input that provides further \
+context. Write a response that appropriately completes the request.', bare='Below is an instruction that describes a \
+task. Write a response that appropriately completes the request.') -%}
+{%- for m in messages -%}
+{%- if m.role == 'system' -%}{%- set ns.head = m.content -%}{%- set ns.bare = m.content -%}
+{%- elif m.role == 'user' -%}
+{%- if m.input -%}{{ ns.head + '\\n\\n### Instruction:\\n' + m.instruction + '\\n\\n### Input:\\n' + m.input }}
+{%- else -%}{{ ns.bare + '\\n\\n### Instruction:\\n' + (m.instruction or m.content) }}{%- endif -%}
+{{ '\\n\\n### Response:\\n' }}
+{%- elif m.role == 'assistant' -%}{{ m.content + eos_token + ('' if loop.last else '\\n\\n') }}
+{%- else -%}{{ raise_exception('the alpaca template has no place for the role ' + m.role) }}
+{%- endif -%}
+{%- endfor -%}"""
+
+_CHATML = """\
+{%- for m in messages -%}
+{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"""
+
+_PLAIN = """\
+{%- for m in messages -%}
+{%- if m.role == 'assistant' -%}{{ m.content + eos_token + ('' if loop.last else '\\n') }}
+{%- elif m.role in ('user', 'system') -%}{{ m.content + '\\n' }}
+{%- else -%}{{ raise_exception('the plain template has no place for the role ' + m.role) }}
+{%- endif -%}
+{%- endfor -%}"""
+
+BUILT_IN: Mapping[str, str] = {"alpaca": _ALPACA, "chatml": _CHATML, "plain": _PLAIN}
+_NEEDS_TOKENS: Mapping[str, tuple[str, ...]] = {"chatml": ("<|im_start|>", "<|im_end|>")}
+
+
+@dataclass(frozen=True)
+class Template:
+    """A chat template: where it is from, and its Jinja source."""
+
+    name: str  # "own", a built-in name, or a file's path
+    source: str
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the source."""
+        return hashlib.sha256(self.source.encode()).hexdigest()
+
+    def render(
+        self,
+        encoder: TextEncoder,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        prompt: bool,
+    ) -> str:
+        """The text a model sees for a conversation.
+
+        Raises:
+            TemplateError: the template refuses it (its own words are passed on).
+        """
+        as_dicts = [{k: v for k in ("role", "content", "instruction", "input") if (v := getattr(m, k)) is not None}
+                    for m in messages]  # fmt: skip
+        return encoder.render(as_dicts, self.source, tools=list(tools) or None, prompt=prompt)
+
+
+def resolve_template(setting: str, encoder: TextEncoder) -> Template:
+    """Find the template that ``--template`` names.
+
+    Raises:
+        TemplateError: none is there, the name is unknown, or the tokenizer lacks the template's tokens.
+    """
+    if setting == "auto":
+        if encoder.own_template is None:
+            raise TemplateError(
+                "the tokenizer has no chat template, and truetune does not guess one",
+                ("way out", "--template alpaca (instructions), plain (bare text), or a Jinja file"),
+                ("known", ", ".join(BUILT_IN)),
+            )
+        return Template("own", encoder.own_template)
+    if setting in BUILT_IN:
+        missing = [token for token in _NEEDS_TOKENS.get(setting, ()) if not encoder.has_token(token)]
+        if missing:
+            raise TemplateError(
+                f"--template {setting}: the tokenizer has no token {' or '.join(missing)}",
+                ("way out", "--template alpaca or plain, which end an answer with the tokenizer's own end token"),
+            )
+        # Said in the template itself, so that whoever renders it later needs no rule of ours.
+        lead = "{{- bos_token -}}" if encoder.bos_token else ""
+        return Template(setting, lead + BUILT_IN[setting])
+    return _from_file(setting)
+
+
+def _from_file(setting: str) -> Template:
+    path = Path(setting)
+    if not path.is_file():
+        raise TemplateError(
+            f"--template: '{setting}' is neither a built-in template nor a file",
+            ("did you mean", nearest(setting, ["auto", *BUILT_IN])),
+            ("known", "auto, " + ", ".join(BUILT_IN)),
+        )
+    try:
+        return Template(setting, path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise TemplateError(f"--template: {setting} can't be read: {error}") from None

@@ -1,0 +1,262 @@
+"""Merge into a checkpoint, tensor by tensor: the memory of one weight, whatever the size of the model.
+
+Loading the model, changing it and saving it would hold all of it, and run it through a class that may rename or drop
+what it doesn't know. Here the base's own files are the plan: every tensor nobody edits is copied as bytes, an edited
+one is read, changed and written, and the result appears under its name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import torch
+from torch import Tensor
+
+from truetune.checkpoint.tensors import (
+    PlannedTensor,
+    ShardWriter,
+    TensorEntry,
+    load,
+    open_index,
+    output_error,
+    require_space,
+    sync_folder,
+)
+from truetune.errors import ModelError, OutputError, nearest
+
+# What makes a model beside its weights. Anything else in the folder (README, optimizer, logs, other formats) belongs
+# to the base or to the run that made it; the licence has to travel with the weights.
+_KEPT = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py", "additional_chat_templates/*.jinja")
+_LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+_LEFT_OUT = ("*.index.json", "adapter_config.json", "truetune.json", "trainer_state.json", "*_results.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """A change of one tensor of the base.
+
+    Args:
+        name: as the base's files call it.
+        apply: pure; from the dense tensor as stored to a new one of the same shape.
+        dtype: what ``apply`` returns if it is not the stored dtype.
+    """
+
+    name: str
+    apply: Callable[[Tensor], Tensor]
+    dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Addition:
+    """A tensor the base doesn't have, such as the head of a model that was tied; made when its turn comes."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """What a merge wrote: tensors by what became of them, bytes of weights, and the files beside them."""
+
+    copied: int
+    edited: int
+    added: int
+    dropped: int
+    nbytes: int
+    files: tuple[str, ...]
+
+
+def merge_checkpoint(
+    base: Path,
+    out: Path,
+    edits: Mapping[str, Edit | Addition],
+    *,
+    drop: Collection[str] = (),
+    config_updates: Mapping[str, object] | None = None,
+    extra_files: Mapping[str, bytes | Path] | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    progress: Callable[[int, int], None] | None = None,
+) -> MergeReport:
+    """Write ``base`` with ``edits`` to the new folder ``out``, holding one tensor at a time.
+
+    Args:
+        edits: by tensor name, the same as in the value. An addition may reuse a dropped name.
+        drop: tensors of the base to leave out.
+        config_updates: top-level keys of ``config.json`` to set; a nested value is replaced as a whole.
+        extra_files: contents (or a file to copy) by name; they go before the base's files of that name.
+        progress: called after each tensor with the bytes written so far and in all.
+
+    Raises:
+        ModelError: the base has no readable safetensors weights or config, or lacks a tensor that is edited.
+        OutputError: ``out`` is the base, or not empty, or the disk is full or not writable.
+        ValueError: the edits contradict each other, or one returns another shape or dtype than it announced.
+    """
+    entries = open_index(base)
+    _check_edits(base, entries, edits, drop)
+    _check_out(base, out)
+    files = _side_files(base, config_updates or {}, extra_files or {})
+    plan = _plan(entries, edits, drop)
+    total = sum(tensor.nbytes for tensor in plan)
+    beside = sum(len(content) if isinstance(content, bytes) else content.stat().st_size for content in files.values())
+    done = 0
+    with (
+        _appearing(out.resolve(), files, total + beside) as partial,
+        ShardWriter(partial, plan, max_shard_bytes=max_shard_bytes) as writer,
+    ):
+        for tensor in plan:
+            _write(writer, tensor.name, edits.get(tensor.name), entries)
+            done += tensor.nbytes
+            if progress is not None:
+                progress(done, total)
+    edited = sum(isinstance(edit, Edit) for edit in edits.values())
+    added = len(edits) - edited
+    return MergeReport(len(plan) - len(edits), edited, added, len(set(drop)), total, tuple(sorted(files)))
+
+
+def name_in_checkpoint(module_tensor: str, index_keys: Collection[str], prefix: str) -> str | None:
+    """What the files call a model's tensor, or None if they don't hold it.
+
+    Files saved from a bare body lack the body's name, which a model with a head puts before it (GPT-2:
+    ``h.0.attn.c_attn.weight`` in the file, ``transformer.h.0.attn.c_attn.weight`` in the model), or the reverse.
+
+    Args:
+        module_tensor: the parameter's name in the model.
+        index_keys: the tensor names of the checkpoint.
+        prefix: the model's ``base_model_prefix``; may be empty.
+    """
+    if module_tensor in index_keys or not prefix:
+        return module_tensor if module_tensor in index_keys else None
+    bare = module_tensor.removeprefix(f"{prefix}.")
+    other = bare if bare != module_tensor else f"{prefix}.{module_tensor}"
+    return other if other in index_keys else None
+
+
+def _check_edits(
+    base: Path, entries: Mapping[str, TensorEntry], edits: Mapping[str, Edit | Addition], drop: Collection[str]
+) -> None:
+    edited = [name for name, edit in edits.items() if isinstance(edit, Edit)]
+    if unknown := [name for name in (*edited, *drop) if name not in entries]:
+        # Looking for a neighbour is slow among thousands of names; the first few show what went wrong.
+        hints = {name: nearest(name, entries) for name in unknown[:8]}
+        lines = [f"{name} (did you mean {hints[name]})" if hints.get(name) else name for name in unknown]
+        raise ModelError(
+            f"{base}: lacks {len(unknown)} of the {len(edited) + len(drop)} tensors to change",
+            ("missing", "\n".join(lines)),
+            ("way out", "use the base that the adapter was trained on"),
+        )
+    for name, edit in edits.items():
+        if edit.name != name:
+            raise ValueError(f"the edit of {edit.name!r} is filed under {name!r}")
+        if isinstance(edit, Edit) and name in drop:
+            raise ValueError(f"{name!r} is both edited and dropped")
+        if isinstance(edit, Addition) and name in entries and name not in drop:
+            raise ValueError(f"{name!r} is added, but the base has it: edit it, or drop it as well")
+
+
+def _check_out(base: Path, out: Path) -> None:
+    if out.resolve() == base.resolve():
+        raise OutputError(f"{out}: is the base itself", ("way out", "write to a new folder"))
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out}: is a file", ("way out", "write to a new folder"))
+    if out.is_dir() and (there := sorted(path.name for path in out.iterdir())):
+        holds = "already holds a model" if "config.json" in there else "is not empty"
+        found = ", ".join(there[:5]) + (" …" if len(there) > 5 else "")
+        raise OutputError(f"{out}: {holds}", ("found", found), ("way out", "write to a new folder, or remove this one"))
+
+
+def _plan(
+    entries: Mapping[str, TensorEntry], edits: Mapping[str, Edit | Addition], drop: Collection[str]
+) -> list[PlannedTensor]:
+    """The base's tensors in the order of its files, so that they are read front to back; additions come last."""
+    kept = [entry for entry in entries.values() if entry.name not in drop]
+    plan = []
+    for entry in kept:
+        edit = edits.get(entry.name)
+        plan.append(PlannedTensor(entry.name, (edit and edit.dtype) or entry.dtype, entry.shape))
+    new = [edit for edit in edits.values() if isinstance(edit, Addition)]
+    return plan + [PlannedTensor(edit.name, edit.dtype, edit.shape) for edit in new]
+
+
+def _write(writer: ShardWriter, name: str, edit: Edit | Addition | None, entries: Mapping[str, TensorEntry]) -> None:
+    """One tensor; a function of its own so that nothing of it is still held when the next one is read."""
+    match edit:
+        case None:
+            writer.write_from(entries[name])
+        case Edit():
+            writer.write(name, edit.apply(load(entries[name])))
+        case Addition():
+            writer.write(name, edit.make())
+
+
+def _side_files(
+    base: Path, config_updates: Mapping[str, object], extra_files: Mapping[str, bytes | Path]
+) -> dict[str, bytes | Path]:
+    """What goes beside the weights, by its name in the folder: new contents, or the file to copy."""
+    files: dict[str, bytes | Path] = {}
+    for path in (path for pattern in (*_KEPT, *_LICENCES) for path in sorted(base.glob(pattern))):
+        foreign = path.name.startswith((".", "README")) or any(path.match(pattern) for pattern in _LEFT_OUT)
+        if path.is_file() and not foreign:
+            files[path.relative_to(base).as_posix()] = path
+    try:
+        config = json.loads((base / "config.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{base / 'config.json'}: no readable config: {error}") from error
+    if config_updates:
+        updated = {**config, **config_updates}
+        files["config.json"] = (json.dumps(updated, indent=2, ensure_ascii=False) + "\n").encode()
+    for name in extra_files:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or name.startswith("model"):
+            raise ValueError(f"{name!r} is no name for a file beside the weights")
+        if name == "config.json" and config_updates:
+            raise ValueError("config.json is given as a file and updated at once")
+    return files | dict(extra_files)
+
+
+def _write_files(folder: Path, files: Mapping[str, bytes | Path]) -> None:
+    for name, content in files.items():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Contents only: links and modes of a download cache stay behind.
+        source = io.BytesIO(content) if isinstance(content, bytes) else content.open("rb")
+        with source, target.open("xb") as file:
+            shutil.copyfileobj(source, file)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _appearing(out: Path, files: Mapping[str, bytes | Path], needed: int) -> Iterator[Path]:
+    """A folder beside ``out`` with ``files`` in it; takes the name of ``out`` at the end, is removed on any failure."""
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        with _worded(out.parent, needed):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            require_space(out.parent, needed)
+            partial.mkdir()
+            _write_files(partial, files)
+        yield partial
+        with _worded(out.parent, needed):
+            if out.is_dir():
+                out.rmdir()  # empty, as checked; a rename onto a folder is not allowed everywhere
+            partial.rename(out)
+            sync_folder(out.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def _worded(folder: Path, needed: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise output_error(error, folder, needed) from error

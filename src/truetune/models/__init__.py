@@ -1,0 +1,1 @@
+"""Models and tokenizers of transformers; no other room imports that library."""

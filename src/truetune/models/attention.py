@@ -1,0 +1,122 @@
+"""The hook into transformers' attention: packed rows run segment by segment, and no mask is ever built.
+
+Registered under one name through the library's own extension point. A packed batch brings the borders of its segments
+as ``cu_seq_lens_q``, the keyword that models pass down for variable-length kernels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from truetune.data.pack import Batch
+from truetune.models.load import quiet
+from truetune.ops.attention import segment_attention
+
+NAME = "truetune"
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Segments when the batch is packed, else transformers' own SDPA."""
+    borders = kwargs.get("cu_seq_lens_q")
+    if borders is None:
+        plain: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return plain
+    out = segment_attention(
+        query,
+        key,
+        value,
+        borders.diff().tolist(),
+        scale=kwargs.get("scaling"),
+        window=kwargs.get("sliding_window"),
+        softcap=kwargs.get("softcap"),
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    """No mask without padding: the segments say it all."""
+    return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, _mask)
+
+
+@contextlib.contextmanager
+def segmented(model: PreTrainedModel) -> Iterator[None]:
+    """Run ``model`` with this attention, and give its own back afterwards."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def supports_segments(model: PreTrainedModel) -> bool:
+    """Whether packed segments stay apart in this model: tried on the model itself, with a few tokens.
+
+    Two short texts are run packed, and alone through the model's own attention. A model that ignores the borders, mixes
+    tokens by other means, or has an attention of its own kind gives other logits, and is trained with padding instead.
+    """
+    vocab = model.get_input_embeddings().weight.shape[0]
+    texts = [torch.arange(5) % vocab, (torch.arange(7) * 3 + 1) % vocab]
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), quiet():
+            alone = torch.cat(
+                [model(input_ids=text[None].to(model.device), use_cache=False).logits[0] for text in texts]
+            )
+            with segmented(model):
+                packed = _run(model, texts)
+    except (ValueError, TypeError, RuntimeError, AttributeError):
+        return False
+    finally:
+        model.train(was_training)
+    spread = alone.float().std()
+    tolerance = 1e-4 if alone.dtype == torch.float32 else 5e-2
+    return bool(((alone - packed).float().abs().max() / spread) < tolerance)
+
+
+def _run(model: PreTrainedModel, texts: list[Tensor]) -> Tensor:
+    ids = torch.cat(texts)[None].to(model.device)
+    positions = torch.cat([torch.arange(len(text)) for text in texts])[None].to(model.device)
+    logits: Tensor = model(
+        input_ids=ids, position_ids=positions, use_cache=False, **borders([len(text) for text in texts], model.device)
+    ).logits[0]
+    return logits
+
+
+def borders(lengths: list[int] | tuple[int, ...], device: torch.device) -> dict[str, Any]:
+    """The keywords that carry the segments of a packed row through a model."""
+    edges = torch.tensor([0, *lengths]).cumsum(0).to(device=device, dtype=torch.int32)
+    longest = max(lengths)
+    return {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges, "max_length_q": longest, "max_length_k": longest}
+
+
+def trained_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """[n, vocab]: the logits at the positions that predict a trained token, and at no other."""
+    device = model.device
+    inputs: dict[str, Any] = {"position_ids": batch.position_ids.to(device)}
+    if batch.lengths is not None:
+        inputs |= borders(batch.lengths, device)
+    else:
+        assert batch.attention_mask is not None
+        # Right padding: attention is causal, so real tokens never see it; positions need no help either.
+        inputs["attention_mask"] = batch.attention_mask.to(device)
+    logits: Tensor = model(
+        input_ids=batch.input_ids.to(device), use_cache=False, logits_to_keep=batch.columns.to(device), **inputs
+    ).logits
+    # Packed, there is one row and its columns are exactly what is wanted: a gather would only cost a scatter backwards.
+    return logits[0] if batch.lengths is not None else logits.flatten(0, 1)[batch.picks.to(device)]

@@ -1,0 +1,101 @@
+"""A tokenizer of transformers, as the data layer needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from transformers import AutoTokenizer, GenerationConfig
+
+from truetune.errors import ModelError, TemplateError
+from truetune.models.load import is_local, model_folder
+
+# Ends of a turn that families use beside, or instead of, the tokenizer's own end token.
+_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|return|>", "<|call|>")
+
+
+class ChatTokenizer:
+    """Encodes, decodes and renders; see ``data.template.TextEncoder`` for the contract."""
+
+    def __init__(self, tokenizer: Any, generation_stops: Sequence[int] = ()) -> None:
+        self.hf = tokenizer
+        self.own_template: str | None = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
+        self.eos_token: str = tokenizer.eos_token or ""
+        self.bos_token: str = tokenizer.bos_token if self._adds_bos() else ""
+        ends = [tokenizer.convert_tokens_to_ids(t) for t in _TURN_ENDS if self.has_token(t)]
+        own = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+        self.stop_ids = frozenset([*own, *generation_stops, *ends])
+
+    @classmethod
+    def load(cls, name: str, *, revision: str | None = None) -> ChatTokenizer:
+        """The tokenizer of a model's folder or Hub name.
+
+        Raises:
+            ModelError: there is none, or it can't be read.
+        """
+        source = str(model_folder(name)) if is_local(name) else name
+        options = {"revision": revision, "local_files_only": is_local(name)}
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        except Exception as error:  # the library raises whatever its parsers raise
+            raise ModelError(
+                f"--model: {name} has no tokenizer that can be loaded",
+                ("because", " ".join(str(error).split())[:400]),
+                ("expected", "tokenizer.json and tokenizer_config.json beside the weights"),
+            ) from None
+        return cls(tokenizer, _generation_stops(source, options))
+
+    def _adds_bos(self) -> bool:
+        ids = self.hf("a", add_special_tokens=True)["input_ids"]
+        return self.hf.bos_token_id is not None and ids[:1] == [self.hf.bos_token_id]
+
+    def has_token(self, text: str) -> bool:
+        """Whether ``text`` is one token of the vocabulary."""
+        return text in self.hf.get_vocab()
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, with no special token added; special tokens written out in the text are recognised."""
+        if not texts:
+            return []
+        ids: list[list[int]] = self.hf(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens included."""
+        return str(self.hf.decode(list(ids), skip_special_tokens=False))
+
+    def render(self, messages: Sequence[Mapping[str, Any]], source: str, *, tools: Any, prompt: bool) -> str:
+        """Run a Jinja template in transformers' sandbox.
+
+        Raises:
+            TemplateError: the template has a fault, or refuses the conversation.
+        """
+        try:
+            return str(
+                self.hf.apply_chat_template(
+                    list(messages), chat_template=source, tools=tools, tokenize=False, add_generation_prompt=prompt
+                )
+            )
+        except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
+            raise TemplateError(f"the chat template refuses this conversation: {error}") from None
+
+    def save(self, folder: Path, template: str | None = None) -> None:
+        """Write the tokenizer's files, with ``template`` as its chat template when given."""
+        before = self.hf.chat_template
+        try:
+            if template is not None:
+                self.hf.chat_template = template
+            self.hf.save_pretrained(str(folder))
+        finally:
+            self.hf.chat_template = before
+
+
+def _generation_stops(source: str, options: Mapping[str, Any]) -> list[int]:
+    """The ids that end a generation by the model's generation config."""
+    try:
+        stops = GenerationConfig.from_pretrained(source, **options).eos_token_id
+    except (OSError, ValueError):
+        return []
+    return stops if isinstance(stops, list) else [stops] if stops is not None else []

@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: the formulas, each stated once. No modules, no settings."""

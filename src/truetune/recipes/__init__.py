@@ -1,0 +1,1 @@
+"""One ``run`` per command: the only place that knows how the parts fit together."""

@@ -1,0 +1,103 @@
+"""``truetune generate``: one prompt, one answer, from a base, an adapter on it, or a merged model."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from truetune.adapters import files
+from truetune.config.generate import GenerateConfig
+from truetune.config.resolve import Resolved
+from truetune.data.schema import Message
+from truetune.data.template import Template, resolve_template
+from truetune.generate.answer import Sampling, answer
+from truetune.models import load
+from truetune.models.precision import choose_precision
+from truetune.models.tokenizer import ChatTokenizer
+from truetune.recipes.adapter import check_base
+from truetune.train.log import Screen
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A model that can be asked: weights, tokenizer, template and the tokens that end an answer."""
+
+    model: Any
+    tokenizer: ChatTokenizer
+    template: Template | None
+    stop_ids: frozenset[int]
+
+    def prompt_ids(self, prompt: str, system: str | None = None) -> list[int]:
+        """The ids of a prompt, worded exactly as in training."""
+        if self.template is None:
+            text = self.tokenizer.bos_token + prompt
+        else:
+            head = (Message("system", system),) if system is not None else ()
+            turn = Message("user", prompt, instruction=prompt, input="")
+            text = self.template.render(self.tokenizer, (*head, turn), prompt=True)
+        return self.tokenizer.encode([text])[0]
+
+
+def run(resolved: Resolved[GenerateConfig]) -> dict[str, Any]:
+    """Answer as the config says; the text goes to stdout as it comes."""
+    config, screen = resolved.config, Screen()
+    speaker = load_speaker(config, screen)
+    prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
+    ids = speaker.prompt_ids(prompt, config.system)
+    sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.seed)
+    began = time.perf_counter()
+
+    def show(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    new = answer(speaker.model, speaker.tokenizer, ids, stop_ids=speaker.stop_ids, sampling=sampling, show=show)
+    seconds = time.perf_counter() - began
+    show("\n")
+    stopped = bool(new) and new[-1] in speaker.stop_ids
+    why = "stopped by itself" if stopped else f"cut at --max-new-tokens {config.max_new_tokens}"
+    screen.say("done", f"{len(new)} tokens, {why} · {len(new) / seconds:,.1f} tok/s")
+    text = speaker.tokenizer.hf.decode(new, skip_special_tokens=True)
+    return {"text": text, "prompt_tokens": len(ids), "new_tokens": len(new), "stopped": stopped,
+            "tok_s": round(len(new) / seconds, 2)}  # fmt: skip
+
+
+def load_speaker(config: GenerateConfig, screen: Screen) -> Speaker:
+    """Load what the config names, adapter and template included.
+
+    Raises:
+        ModelError, AdapterError, TemplateError: what does not fit, and the way out.
+    """
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    model_config = load.load_config(config.model, revision=config.revision)
+    tokenizer = ChatTokenizer.load(config.model, revision=config.revision)
+    file = files.read(Path(config.adapter).expanduser()) if config.adapter else None
+    if file is not None and load.is_local(config.model):
+        check_base(file, load.model_folder(config.model), allow_other=config.allow_other_base)
+    card = file.card if file else {}
+    template = _template(config.template, card, tokenizer, screen)
+    precision = choose_precision(config.dtype, load.checkpoint_dtype(model_config), device=device, trains_base=False)
+    model = load.load_model(
+        config.model, dtype=precision.storage, device=device, revision=config.revision, config=model_config
+    )
+    if file is not None:
+        files.load(model, file)
+        model.eval()
+    return Speaker(model, tokenizer, template, tokenizer.stop_ids | frozenset(card.get("stop_ids", ())))
+
+
+def _template(setting: str, card: Any, tokenizer: ChatTokenizer, screen: Screen) -> Template | None:
+    if setting == "none":
+        return None
+    if setting == "auto":
+        if trained := card.get("template"):
+            return Template(trained["name"], trained["source"])
+        if tokenizer.own_template is None:
+            screen.note("no chat template is known: the prompt is continued as bare text")
+            return None
+    return resolve_template(setting, tokenizer)

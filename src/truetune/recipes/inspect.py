@@ -1,0 +1,156 @@
+"""``truetune inspect``: what is this? A model, an adapter, a checkpoint, a run, or a data file."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from truetune.adapters import files
+from truetune.checkpoint import atomic, run_state
+from truetune.checkpoint.tensors import open_index
+from truetune.config.inspect import InspectConfig
+from truetune.config.methods import METHODS
+from truetune.config.resolve import Resolved
+from truetune.data.duplicates import duplicates
+from truetune.data.formats import detect, parse_rows
+from truetune.data.read import read_rows
+from truetune.data.rejects import counts
+from truetune.errors import DataError, nearest
+from truetune.models import load
+from truetune.recipes.run_folder import read_settings
+
+
+def run(resolved: Resolved[InspectConfig]) -> dict[str, Any]:
+    """Print what ``path`` is; returns the same facts."""
+    path = Path(resolved.config.path).expanduser()
+    if not path.exists():
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise DataError(f"there is no file or folder {path}", ("did you mean", nearest(path.name, siblings)))
+    facts = describe(path)
+    width = max(map(len, facts))
+    for key, value in facts.items():
+        print(f"{key:<{width}}  {_text(value)}")  # noqa: T201 - the command's output
+    return facts
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """The facts about a path, ``kind`` first."""
+    if path.is_dir():
+        for marker, look in (
+            ("run.yaml", _run), ("state.json", _checkpoint), (files.CONFIG, _adapter), ("config.json", _model),
+        ):  # fmt: skip
+            if (path / marker).is_file():
+                return look(path)
+    if path.is_file() and path.suffix == ".safetensors":
+        return _model(path.parent)
+    return _data(path)
+
+
+def _model(path: Path) -> dict[str, Any]:
+    config = load.load_config(str(path))
+    entries = open_index(path)
+    dtypes = Counter(str(entry.dtype).removeprefix("torch.") for entry in entries.values())
+    return {
+        "kind": "model",
+        "architecture": (config.architectures or ["?"])[0],
+        "parameters": sum(math.prod(entry.shape) for entry in entries.values()),
+        "size_mb": round(sum(entry.nbytes for entry in entries.values()) / 1e6, 1),
+        "dtypes": dict(dtypes),
+        "context": load.context_length(config),
+        "head": "tied to the embedding table" if getattr(config, "tie_word_embeddings", False) else "its own",
+        "chat_template": (path / "chat_template.jinja").is_file() or _has_template(path),
+        "weights_sha256": load.weight_hash(path),
+    }
+
+
+def _has_template(path: Path) -> bool:
+    file = path / "tokenizer_config.json"
+    return file.is_file() and bool(json.loads(file.read_text(encoding="utf-8")).get("chat_template"))
+
+
+def _adapter(path: Path) -> dict[str, Any]:
+    file = files.read(path)
+    card, lora = file.card, file.lora
+    capabilities = [name for name, able in vars(METHODS["lora"]).items() if able]
+    return {
+        "kind": "adapter",
+        "method": "lora",
+        "base": file.config.get("base_model_name_or_path"),
+        "rank": lora.rank,
+        "alpha": lora.alpha,
+        "targets": list(lora.targets),
+        "trainable": list(lora.trainable),
+        "tensors": len(file.tensors),
+        "parameters": sum(t.numel() for t in file.tensors.values()),
+        "size_mb": round(sum(t.numel() * t.element_size() for t in file.tensors.values()) / 1e6, 2),
+        "capabilities": capabilities,
+        "template": (card.get("template") or {}).get("name"),
+        "base_sha256": (card.get("base") or {}).get("weights_sha256"),
+        "metrics": card.get("metrics"),
+        "made_by": card.get("versions") or {"peft": file.config.get("peft_version")},
+    }
+
+
+def _checkpoint(path: Path) -> dict[str, Any]:
+    progress = run_state.read_progress(path)
+    return {
+        "kind": "checkpoint",
+        "step": progress.step,
+        "complete": atomic.faults(path) or "yes, every file has its size and hash",
+        "tokens": progress.tokens,
+        "trained_tokens": progress.trained_tokens,
+        "best_step": progress.best_step,
+        "best_loss": progress.best_loss,
+        "facts": dict(progress.facts),
+    }
+
+
+def _run(path: Path) -> dict[str, Any]:
+    flat = read_settings(path)
+    newest, damaged = run_state.newest(path)
+    rows = (path / "log.jsonl").read_text(encoding="utf-8").splitlines() if (path / "log.jsonl").is_file() else []
+    losses = [json.loads(row) for row in rows if '"loss"' in row]
+    result = next((str(path / name) for name in ("adapter", "model") if (path / name).is_dir()), None)
+    return {
+        "kind": "run",
+        "finished": result is not None,
+        "model": flat.get("model"),
+        "data": flat.get("data"),
+        "method": flat.get("method"),
+        "steps": losses[-1]["step"] if losses else 0,
+        "loss": losses[-1]["loss"] if losses else None,
+        "newest_checkpoint": str(newest) if newest else None,
+        "damaged_checkpoints": [str(p) for p in damaged],
+        "result": result,
+    }
+
+
+def _data(path: Path) -> dict[str, Any]:
+    raw, unreadable = read_rows([str(path)])
+    form = detect(raw)
+    rows, misfits = parse_rows(raw, "auto")
+    roles = Counter(message.role for row in rows for message in row.messages)
+    return {
+        "kind": "data",
+        "format": form,
+        "rows": len(raw) + len(unreadable),
+        "usable": len(rows),
+        "faulty": counts([*unreadable, *misfits]),
+        "first_faults": [f"row {r.origin.row}: {r.detail}" for r in [*unreadable, *misfits][:5]],
+        "repeated": len(duplicates(rows)),
+        "messages": dict(roles),
+        "characters": sum(len(m.content) for row in rows for m in row.messages) + sum(len(row.text) for row in rows),
+    }
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {item}" for key, item in value.items()) or "none"
+    if isinstance(value, list):
+        return "\n".join(map(str, value)).replace("\n", "; ") or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else "–" if value is None else str(value)

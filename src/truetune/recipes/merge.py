@@ -1,0 +1,65 @@
+"""``truetune merge``: fold an adapter into its base, tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from truetune.adapters import files
+from truetune.checkpoint.tensors import open_index
+from truetune.config.merge import MergeConfig
+from truetune.config.resolve import Resolved
+from truetune.export.fold import fold
+from truetune.export.merge import merge_checkpoint
+from truetune.models import load
+from truetune.recipes.adapter import check_base
+from truetune.train.log import Screen
+from truetune.train.memory import peak_mb
+
+
+def run(resolved: Resolved[MergeConfig]) -> dict[str, Any]:
+    """Merge as the config says; returns what ``--json`` prints."""
+    config, screen = resolved.config, Screen()
+    base = load.local_copy(config.model, revision=config.revision)
+    file = files.read(Path(config.adapter).expanduser())
+    check_base(file, base, allow_other=config.allow_other_base)
+    model_config = load.load_config(str(base))
+    model = load.skeleton(model_config, dtype=load.checkpoint_dtype(model_config))
+    files.load(model, file)
+    changes = fold(model, file, open_index(base), prefix=model.base_model_prefix)
+    screen.say("merge", f"{config.adapter} → {config.model}: {len(changes.edits)} tensors change")
+    if changes.config:
+        screen.note("the head was tied to the embedding table; the adapter changed one of the two, so both are written")
+    report = merge_checkpoint(
+        base,
+        Path(config.out).expanduser(),
+        changes.edits,
+        config_updates=changes.config,
+        extra_files=_extra_files(base, file),
+        max_shard_bytes=int(config.max_shard_gb * 1e9),
+    )
+    screen.say("done", f"{config.out}: {report.nbytes / 1e6:,.0f} MB, {report.edited + report.added} tensors changed, "
+               f"{report.copied} copied as they are · peak {peak_mb():,.0f} MB")  # fmt: skip
+    return {
+        "out": config.out,
+        "changed": report.edited + report.added,
+        "copied": report.copied,
+        "bytes": report.nbytes,
+        "peak_mb": round(peak_mb(), 1),
+    }
+
+
+def _extra_files(base: Path, file: files.AdapterFile) -> dict[str, bytes | Path]:
+    """The template that trained the adapter, and the stop tokens it taught, go with the merged model."""
+    extra: dict[str, bytes | Path] = {}
+    template = file.card.get("template")
+    if template and template["name"] != "own":
+        extra["chat_template.jinja"] = template["source"].encode()
+    path = base / "generation_config.json"
+    generation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    known = generation.get("eos_token_id")
+    known = known if isinstance(known, list) else [known] if known is not None else []
+    if new := [stop for stop in file.card.get("stop_ids", ()) if stop not in known]:
+        extra["generation_config.json"] = json.dumps(generation | {"eos_token_id": [*known, *new]}, indent=2).encode()
+    return extra

@@ -1,0 +1,161 @@
+"""The plan, said before the run: rows, tokens, steps, trained parameters, memory and time."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from truetune.adapters.inject import attach
+from truetune.data.pack import group
+from truetune.data.plan import StepPlan
+from truetune.errors import NonFiniteError
+from truetune.models import load
+from truetune.models.precision import name_of
+from truetune.ops.probe import gemm_rate
+from truetune.train.estimate import count_parameters, estimate_memory, flops_per_token
+from truetune.train.log import Screen
+from truetune.train.memory import available_mb
+from truetune.train.step import NonFiniteStepError
+
+if TYPE_CHECKING:
+    from truetune.recipes.training import Setup
+
+# Share of the measured matrix rate that a whole step reaches; the rest is attention, norms and memory traffic.
+_STEP_EFFICIENCY = 0.3
+
+
+def outline(setup: Setup, screen: Screen) -> dict[str, Any]:
+    """Print what will be trained on what, and return it. Targets are resolved on an empty model, so that a typo
+    costs no loading."""
+    config, prepared = setup.config, setup.prepared
+    _say_data(setup, screen)
+    model = load.skeleton(setup.model_config, dtype=setup.precision.storage)
+    sites = attach(model, config.lora(), seed=config.seed).sites if config.method == "lora" else ()
+    if config.method == "full":
+        model.requires_grad_(True)
+    everything, trained = count_parameters(model)
+    storage = setup.precision.storage
+    screen.say(
+        "model",
+        f"{config.model}  {everything / 1e6:,.1f} M, {name_of(storage)} ({setup.precision.reason})"
+        + (f", products in {name_of(setup.precision.autocast)}" if setup.precision.autocast else ""),
+    )
+    how = f"r {config.rank}, alpha {config.alpha:g} on {len(sites)} layers" if sites else "every weight"
+    screen.say("method", f"{config.method}  {how} · {trained / 1e6:,.2f} M trained ({trained / everything:.1%})")
+    plan = StepPlan.build(
+        prepared.train, batch_size=config.batch_size, micro_tokens=default_micro_tokens(setup), seed=config.seed,
+        packing=config.packing is not False, epochs=config.epochs, max_steps=config.max_steps,
+    )  # fmt: skip
+    share = prepared.report["trained_tokens"] / max(1, prepared.report["tokens"])
+    estimate = estimate_memory(
+        model,
+        setup.model_config,
+        storage=storage,
+        trained_share=share,
+        micro_tokens=min(plan.micro_tokens, _step_tokens(plan)),
+    )
+    seconds = _seconds(setup, plan, everything, share)
+    available = available_mb()
+    screen.say(
+        "plan",
+        f"{plan.steps} steps of {config.batch_size} examples · about {_duration(seconds)} · "
+        f"peak {estimate.total / 1e3:.1f} GB of {available / 1e3:.0f} GB free",
+    )
+    if estimate.total > available:
+        screen.warn("this may not fit in memory: lower --micro-tokens or --max-length, or take a smaller model")
+    return {
+        "steps": plan.steps,
+        "examples": plan.total,
+        "tokens": prepared.report["tokens"],
+        "trained_tokens": prepared.report["trained_tokens"],
+        "parameters": everything,
+        "trainable_parameters": trained,
+        "memory_mb": {"weights": round(estimate.weights), "trained": round(estimate.trained),
+                      "activations": round(estimate.activations), "peak": round(estimate.total)},
+        "seconds": round(seconds, 1),
+    }  # fmt: skip
+
+
+def default_micro_tokens(setup: Setup) -> int:
+    """Tokens per micro-batch when nobody says: what was recorded, what was asked for, else 2,048 or the longest row."""
+    longest = int(setup.prepared.train.lengths.max())
+    return setup.facts.get("micro_tokens") or setup.config.micro_tokens or max(2048, longest)
+
+
+def fill(plan: StepPlan) -> float:
+    """Real tokens over computed tokens, padding counted, over one pass: 1.0 when packed."""
+    if plan.packing:
+        return 1.0
+    real = computed = 0
+    for step in range(min(plan.steps, -(-len(plan.data) // plan.batch_size))):
+        lengths = [int(plan.data.lengths[i]) for i in plan.examples(step)]
+        for members in group(lengths, plan.micro_tokens, packing=False):
+            real += sum(lengths[i] for i in members)
+            computed += len(members) * max(lengths[i] for i in members)
+    return real / max(1, computed)
+
+
+def explain_non_finite(error: NonFiniteStepError, setup: Setup) -> NonFiniteError:
+    """Name the rows, and write them out so that they can be looked at."""
+    origins = [setup.prepared.train.origins[i] for i in error.examples]
+    path = setup.folder.path / "data" / "nonfinite.jsonl"
+    texts = [setup.tokenizer.decode(setup.prepared.train.example(i)[0].tolist()) for i in error.examples]
+    rows = [
+        json.dumps({"file": o.file, "row": o.row, "text": t}, ensure_ascii=False)
+        for o, t in zip(origins, texts, strict=True)
+    ]
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    logged = _last_step(setup) + 1
+    named = "\n".join(map(str, origins[:8])) + (f"\n… and {len(origins) - 8} more" if len(origins) > 8 else "")
+    return NonFiniteError(
+        f"step {logged}: {error.message}; the weights are as they were before this step",
+        ("rows", named),
+        ("written", f"{path}"),
+        ("way out", "a lower --lr, a longer --warmup, --clip 1, or mend the rows; then --resume auto"),
+    )
+
+
+def _last_step(setup: Setup) -> int:
+    lines = setup.folder.log.read_text(encoding="utf-8").splitlines() if setup.folder.log.exists() else []
+    return max((json.loads(line)["step"] for line in lines), default=0)
+
+
+def _say_data(setup: Setup, screen: Screen) -> None:
+    report = setup.prepared.report
+    rejected = sum(report["rejected"].values())
+    why = ", ".join(f"{n} {reason}" for reason, n in report["rejected"].items())
+    files = ", ".join(setup.config.data)
+    screen.say(
+        "data",
+        f"{files}  {report['read']:,} rows · {report['used']:,} used"
+        + (f" · {rejected} left out: {why} → {setup.folder.path}/data/rejects.jsonl" if rejected else ""),
+    )
+    held = report["held_out"]
+    share = report["trained_tokens"] / max(1, report["tokens"])
+    screen.note(
+        f"{report['tokens']:,} tokens · {share:.0%} trained · longest {report['max_length_seen']:,}"
+        + (f" · {held['rows']:,} rows held out" if held else "")
+    )
+    if template := setup.prepared.template:
+        screen.note(f"template: {template.name} ({template.digest[:8]}) · every answer ends in a stop token, trained")
+
+
+def _step_tokens(plan: StepPlan) -> int:
+    """Tokens of the largest of the first steps: a micro-batch can't hold more than its step."""
+    return max(sum(int(plan.data.lengths[i]) for i in plan.examples(step)) for step in range(min(plan.steps, 20)))
+
+
+def _seconds(setup: Setup, plan: StepPlan, parameters: int, share: float) -> float:
+    tokens = plan.total * float(setup.prepared.train.lengths.float().mean())
+    flops = flops_per_token(
+        setup.model_config, parameters, trained_share=share, trains_base=setup.config.method == "full"
+    )
+    rate = gemm_rate(setup.precision.autocast or setup.precision.storage, setup.device) * 1e9 * _STEP_EFFICIENCY
+    # A step costs some milliseconds per layer of dispatch however little it computes.
+    return tokens * flops / rate + plan.steps * 0.05
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,193 @@
+"""What ``sft`` and ``pretrain`` share: everything but the form of the data."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from truetune.adapters.inject import attach
+from truetune.checkpoint import run_state
+from truetune.checkpoint.run_state import Progress
+from truetune.config.resolve import Resolved
+from truetune.config.sft import TrainConfig
+from truetune.data.plan import StepPlan, sequential_batches
+from truetune.data.rejects import write_rejects
+from truetune.errors import CheckpointError
+from truetune.eval.perplexity import Evaluation, evaluate
+from truetune.models import attention, load
+from truetune.models.precision import Precision, choose_precision
+from truetune.models.tokenizer import ChatTokenizer
+from truetune.optim.adamw import adamw
+from truetune.optim.schedule import Schedule, warmup_steps
+from truetune.recipes import plan_report, result
+from truetune.recipes.data import Prepared
+from truetune.recipes.run_folder import RunFolder, open_run, start, write_json
+from truetune.train.log import RunLog, Screen
+from truetune.train.loop import Run, train
+from truetune.train.memory import keep_freed_memory
+from truetune.train.step import NonFiniteStepError
+
+Prepare = Callable[..., Prepared]
+DEFAULT_LENGTH = 2048
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is decided before any weight is read."""
+
+    config: TrainConfig
+    folder: RunFolder
+    tokenizer: ChatTokenizer
+    model_config: Any
+    prepared: Prepared
+    precision: Precision
+    device: str
+    facts: dict[str, Any]
+
+
+def run_training(resolved: Resolved[Any], prepare: Prepare, *, screen: Screen | None = None) -> dict[str, Any]:
+    """Check, plan, load, train, write the result.
+
+    Returns:
+        What ``--json`` prints.
+    """
+    screen = screen or Screen()
+    began = time.perf_counter()
+    keep_freed_memory()
+    setup = _set_up(resolved, prepare, screen)
+    outline = plan_report.outline(setup, screen)
+    if setup.config.dry_run:
+        return outline
+    start(setup.folder, resolved)
+    write_rejects(setup.folder.path / "data" / "rejects.jsonl", setup.prepared.rejects)
+    model = load.load_model(
+        setup.config.model,
+        dtype=setup.precision.storage,
+        device=setup.device,
+        revision=setup.config.revision,
+        config=setup.model_config,
+    )
+    if setup.config.method == "lora":
+        attach(model, setup.config.lora(), seed=setup.config.seed)
+    plan = _plan(setup, model, screen)
+    context = attention.segmented(model) if plan.packing else contextlib.nullcontext()
+    with context:
+        progress, evaluation = _train(setup, model, plan, screen)
+    return result.finish(setup, model, progress, evaluation, screen=screen, seconds=time.perf_counter() - began)
+
+
+def _set_up(resolved: Resolved[Any], prepare: Prepare, screen: Screen) -> Setup:
+    config: TrainConfig = resolved.config
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    folder = open_run(resolved, screen)
+    model_config = load.load_config(config.model, revision=config.revision)
+    tokenizer = ChatTokenizer.load(config.model, revision=config.revision)
+    context = load.context_length(model_config)
+    max_length = config.max_length or min(context or DEFAULT_LENGTH, DEFAULT_LENGTH)
+    prepared = prepare(config, tokenizer, max_length=max_length, screen=screen)
+    trains_base = config.method == "full" or bool(config.trainable)
+    facts = run_state.read_progress(folder.checkpoint).facts if folder.checkpoint else {}
+    precision = choose_precision(
+        facts.get("compute", config.dtype), load.checkpoint_dtype(model_config), device=device, trains_base=trains_base
+    )
+    if facts and facts["data"] != prepared.digest:
+        raise CheckpointError(
+            "--resume: the data is not what this run was started on",
+            ("way out", "put the files back as they were, or start a new run with another --out"),
+        )
+    return Setup(config, folder, tokenizer, model_config, prepared, precision, device, dict(facts))
+
+
+def _plan(setup: Setup, model: Any, screen: Screen) -> StepPlan:
+    config, facts = setup.config, setup.facts
+    packing = facts.get("packing", config.packing)
+    if packing is None or (packing and not facts):
+        able = attention.supports_segments(model)
+        if packing and not able:
+            screen.warn("--packing: this model does not keep packed rows apart; rows are padded instead")
+        elif not able:
+            screen.note("rows are padded: this model does not keep packed rows apart")
+        packing = able
+    micro = facts.get("micro_tokens") or config.micro_tokens or plan_report.default_micro_tokens(setup)
+    setup.facts.update(
+        packing=packing,
+        micro_tokens=micro,
+        data=setup.prepared.digest,
+        compute=str(setup.precision.autocast or setup.precision.storage).removeprefix("torch."),
+    )
+    return StepPlan.build(
+        setup.prepared.train, batch_size=config.batch_size, micro_tokens=micro, packing=packing, seed=config.seed,
+        epochs=config.epochs, max_steps=config.max_steps,
+    )  # fmt: skip
+
+
+def _train(setup: Setup, model: Any, plan: StepPlan, screen: Screen) -> tuple[Progress, Evaluation | None]:
+    config, prepared = setup.config, setup.prepared
+    write_json(setup.folder.path / "data" / "report.json", prepared.report | {"packing_fill": plan_report.fill(plan)})
+    parameters = run_state.trained_state(model)
+    optimizer = adamw(parameters, lr=config.peak_lr, weight_decay=config.weight_decay)
+    progress = Progress(facts=setup.facts)
+    if setup.folder.checkpoint:
+        progress = run_state.restore(setup.folder.checkpoint, model, optimizer)
+        screen.say("resume", f"from {setup.folder.checkpoint}, step {progress.step} of {plan.steps}")
+    logits = functools.partial(attention.trained_logits, model)
+    autocast = functools.partial(setup.precision.context, setup.device)
+    last: list[Evaluation] = []
+
+    def held_out() -> tuple[float, int]:
+        assert prepared.held_out is not None
+        batches = sequential_batches(prepared.held_out, plan.micro_tokens, packing=plan.packing)
+        with evaluating(model):
+            last[:] = [evaluate(logits, batches, autocast=autocast)]
+        return last[0].loss, last[0].tokens
+
+    log = RunLog(setup.folder.log, screen, steps=plan.steps, start=progress.step, every=config.log_every)
+    warmup = warmup_steps(config.warmup, plan.steps)
+    run = Run(
+        plan=plan,
+        schedule=Schedule(config.peak_lr, plan.steps, warmup, config.schedule),
+        logits=logits,
+        parameters=list(parameters.values()),
+        optimizer=optimizer,
+        autocast=autocast,
+        clip=config.clip,
+        seed=config.seed,
+        save_every=config.save_every,
+        eval_every=config.eval_every,
+        evaluate=held_out if prepared.held_out else None,
+        save=lambda p: _save(setup, model, optimizer, p),
+        log=log,
+    )
+    model.train()
+    try:
+        with log:
+            progress = train(run, progress)
+    except NonFiniteStepError as error:
+        raise plan_report.explain_non_finite(error, setup) from None
+    if config.select == "best" and progress.best_step not in (None, progress.step):
+        best = setup.folder.path / run_state.FOLDER / f"step-{progress.best_step:06d}"
+        run_state.restore(best, model)
+        held_out()
+    return progress, last[0] if last else None
+
+
+def _save(setup: Setup, model: Any, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+    base = setup.config.model
+    run_state.save(setup.folder.path, model, optimizer, progress, base=base, keep=setup.config.keep)
+
+
+@contextlib.contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Dropout off inside, as it was outside."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

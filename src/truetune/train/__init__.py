@@ -1,0 +1,1 @@
+"""The optimizer's side: the loop, the step, the log."""

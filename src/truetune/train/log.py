@@ -1,0 +1,107 @@
+"""What a run says: rows for machines in ``log.jsonl``, lines and a bar for people on stderr."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from typing_extensions import Self
+
+from truetune.checkpoint.atomic import writing
+
+
+class Screen:
+    """Labelled lines on stderr, as plain text where it is no terminal."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def say(self, label: str, text: str) -> None:
+        """One line: what it is about, then what there is to say."""
+        self.console.print(f"[bold]{label:<8}[/bold]{escape(text)}")
+
+    def note(self, text: str) -> None:
+        """A line that belongs to the one above it."""
+        self.console.print(f"        {escape(text)}")
+
+    def warn(self, text: str) -> None:
+        """Something the user should look at, though the run goes on."""
+        self.console.print(f"[yellow]warning[/yellow] {escape(text)}")
+
+
+class RunLog:
+    """Rows of ``log.jsonl`` (DESIGN.md section 7), and the progress bar.
+
+    On resume, rows after ``start`` are dropped first: they belong to steps that will be done again.
+    """
+
+    def __init__(self, path: Path, screen: Screen, *, steps: int, start: int, every: int) -> None:
+        self.path, self.screen, self.steps, self.every = path, screen, steps, every
+        with writing(path.parent):
+            kept = [line for line in _rows(path) if json.loads(line)["step"] <= start]
+            path.write_text("".join(kept), encoding="utf-8")
+            self._file = path.open("a", encoding="utf-8")
+        self._start, self._since, self._tokens = start, time.perf_counter(), 0
+        self._bar = Progress(
+            TextColumn("{task.percentage:>3.0f} %"),
+            BarColumn(bar_width=28),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=screen.console,
+            transient=True,
+            disable=not screen.console.is_terminal,
+        )
+        self._task: TaskID | None = None
+        self._val = ""
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        self._task = self._bar.add_task("", total=self.steps, completed=self._start)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self._bar.stop()
+        self._file.close()
+
+    def step(self, step: int, row: dict[str, Any]) -> None:
+        """Count a finished step (from 1), and write its row when it is due; adds ``tok_s`` since the last row."""
+        self._tokens += row["tokens"]
+        if step % self.every == 0 or step == self.steps:
+            seconds = max(time.perf_counter() - self._since, 1e-9)
+            row["tok_s"] = round(self._tokens / seconds, 1)
+            self._write({"step": step, **row})
+            self._since, self._tokens = time.perf_counter(), 0
+            self._show(step, row)
+
+    def evaluation(self, step: int, loss: float, tokens: int) -> None:
+        """Write the row of an evaluation after ``step`` steps; its time does not count into ``tok_s``."""
+        self._write({"step": step, "val_loss": loss, "val_tokens": tokens})
+        self._val = f"  val {loss:.4f}"
+        if not self.screen.console.is_terminal:
+            self.screen.note(f"step {step}/{self.steps}{self._val}")
+        self._since, self._tokens = time.perf_counter(), 0
+
+    def _write(self, row: dict[str, Any]) -> None:
+        with writing(self.path.parent):
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+
+    def _show(self, step: int, row: dict[str, Any]) -> None:
+        text = f"step {step}/{self.steps}  loss {row['loss']:.4f}{self._val}  {row['tok_s']:,.0f} tok/s"
+        if self._task is not None and self.screen.console.is_terminal:
+            self._bar.update(self._task, completed=step, description=f"{text}  {row['peak_mb'] / 1e3:.1f} GB")
+        elif step == self.steps or step * 10 // self.steps > (step - self.every) * 10 // self.steps:
+            self.screen.note(text)
+
+
+def _rows(path: Path) -> list[str]:
+    """The whole lines of a log; one cut short by a kill is not a row."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")]

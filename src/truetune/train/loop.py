@@ -1,0 +1,114 @@
+"""The page: from the first step to the last.
+
+Every step is a function of its number: the examples, their cut into micro-batches, the learning rate and the dropout
+masks. So a run that was stopped anywhere goes on from a step number and ends with the very same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+
+import torch
+from torch.nn import Parameter
+
+from truetune.checkpoint.run_state import Progress
+from truetune.data.plan import StepPlan
+from truetune.errors import StoppedError
+from truetune.optim.schedule import Schedule
+from truetune.train.log import RunLog
+from truetune.train.memory import peak_mb
+from truetune.train.step import Logits, NonFiniteStepError, StepResult, accumulate, update
+from truetune.train.stop import StopRequest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """All that the loop needs, put together by a recipe."""
+
+    plan: StepPlan
+    schedule: Schedule
+    logits: Logits
+    parameters: list[Parameter]
+    optimizer: torch.optim.Optimizer
+    autocast: Callable[[], AbstractContextManager[object]]
+    clip: float
+    seed: int
+    save_every: int
+    eval_every: int
+    evaluate: Callable[[], tuple[float, int]] | None  # -> (mean held-out loss, tokens)
+    save: Callable[[Progress], None]
+    log: RunLog
+
+
+def train(run: Run, progress: Progress) -> Progress:
+    """Run all steps that are left.
+
+    Returns:
+        The final progress; its checkpoint is saved.
+    Raises:
+        NonFiniteStepError: before the weights were touched by the step that failed.
+        StoppedError: a signal came; the state is saved.
+    """
+    with StopRequest() as stop:
+        if run.evaluate and progress.first_loss is None:
+            progress = _evaluated(run, progress)
+        while progress.step < run.plan.steps:
+            progress = _step(run, progress)
+            last = progress.step == run.plan.steps
+            if run.evaluate and (last or _due(run.eval_every, progress.step)):
+                progress = _evaluated(run, progress)
+            is_best = progress.best_step == progress.step
+            if last or is_best or stop.signal or _due(run.save_every, progress.step):
+                run.save(progress)
+            if stop.signal and not last:
+                raise StoppedError(
+                    stop.signal,
+                    f"stopped after step {progress.step} of {run.plan.steps}; the state is saved",
+                    ("go on", "run the same command again with --resume auto"),
+                )
+    return progress
+
+
+def _step(run: Run, progress: Progress) -> Progress:
+    step = progress.step  # counted from 0 here, from 1 in the log
+    rate = run.schedule.at(step)
+    batches = run.plan.micro_batches(step)
+    result = accumulate(run.logits, batches, seed=run.seed, step=step, autocast=run.autocast)
+    norm = update(run.optimizer, run.parameters, lr=rate, clip=run.clip)
+    if norm != norm or norm == float("inf"):
+        raise NonFiniteStepError("the gradient is not finite", [i for batch in batches for i in batch.examples])
+    run.log.step(step + 1, _row(result, rate, norm))
+    return replace(
+        progress,
+        step=step + 1,
+        tokens=progress.tokens + result.tokens,
+        trained_tokens=progress.trained_tokens + result.trained_tokens,
+    )
+
+
+def _row(result: StepResult, rate: float, norm: float) -> dict[str, float | int]:
+    return {
+        "loss": result.loss,
+        "tokens": result.tokens,
+        "trained_tokens": result.trained_tokens,
+        "lr": rate,
+        "grad_norm": norm,
+        "peak_mb": round(peak_mb(), 1),
+    }
+
+
+def _evaluated(run: Run, progress: Progress) -> Progress:
+    assert run.evaluate is not None
+    loss, tokens = run.evaluate()
+    run.log.evaluation(progress.step, loss, tokens)
+    if progress.first_loss is None:
+        progress = replace(progress, first_loss=loss)
+    if progress.step and (progress.best_loss is None or loss < progress.best_loss):
+        progress = replace(progress, best_step=progress.step, best_loss=loss)
+    return progress
+
+
+def _due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0

@@ -1,0 +1,87 @@
+"""One optimizer step over any number of micro-batches.
+
+The loss is divided by the trained tokens of the whole step, counted before the first backward; so neither the cut into
+micro-batches nor packing changes it, beyond the order of summation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from truetune.data.pack import Batch
+from truetune.errors import NonFiniteError
+from truetune.ops.loss import cross_entropy_sum
+from truetune.ops.rng import derive_seed
+
+Logits = Callable[[Batch], Tensor]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did."""
+
+    loss: float  # mean over the step's trained tokens
+    tokens: int
+    trained_tokens: int
+
+
+class NonFiniteStepError(NonFiniteError):
+    """Loss or gradient is not a number; ``examples`` are the rows that were being learned."""
+
+    def __init__(self, what: str, examples: Sequence[int]) -> None:
+        super().__init__(what)
+        self.examples = tuple(examples)
+
+
+def accumulate(
+    logits: Logits,
+    batches: Sequence[Batch],
+    *,
+    seed: int,
+    step: int,
+    autocast: Callable[[], AbstractContextManager[object]],
+) -> StepResult:
+    """Forward and backward over the micro-batches of one step; gradients add up in the parameters.
+
+    Dropout draws from (seed, step, micro-batch), so a resumed run sees the same masks.
+
+    Raises:
+        NonFiniteStepError: naming the examples of the first micro-batch whose loss is not finite.
+    """
+    count = sum(batch.trained for batch in batches)
+    total = 0.0
+    for index, batch in enumerate(batches):
+        if not batch.trained:
+            continue
+        torch.manual_seed(derive_seed(seed, "dropout", step, index))
+        with autocast():
+            scores = logits(batch)
+            loss = cross_entropy_sum(scores, batch.targets.to(scores.device))
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise NonFiniteStepError("the loss is not finite", batch.examples)
+        total += value
+        (loss / count).backward()  # type: ignore[no-untyped-call]
+    return StepResult(total / max(1, count), sum(b.tokens for b in batches), count)
+
+
+def update(optimizer: torch.optim.Optimizer, parameters: Iterable[Parameter], *, lr: float, clip: float) -> float:
+    """Clip, step, clear. Returns the gradient's norm before clipping; a norm that is not finite changes nothing."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    if bool(torch.isfinite(norm)):
+        if clip:
+            for gradient in gradients:
+                gradient.mul_((clip / (norm + 1e-6)).clamp(max=1.0).to(gradient))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(norm)
