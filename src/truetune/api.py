@@ -14,7 +14,7 @@ from truetune.config.merge import MergeConfig
 from truetune.config.resolve import resolve
 from truetune.config.sft import SFTConfig
 from truetune.models import load as _load
-from truetune.models.precision import choose_precision
+from truetune.models.precision import choose_device, choose_precision
 from truetune.recipes.adapter import check_base
 
 
@@ -23,9 +23,11 @@ def load(model: str, *, dtype: str = "auto", device: str = "cpu", revision: str 
 
     Args:
         dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
+        device: ``auto``, ``cpu`` or ``cuda``.
     Raises:
         truetune.errors.ModelError: what is wrong with it, and the way out.
     """
+    device = choose_device(device)
     config = _load.load_config(model, revision=revision)
     precision = choose_precision(dtype, _load.checkpoint_dtype(config), device=device, trains_base=False)
     return _load.load_model(model, dtype=precision.storage, device=device, revision=revision, config=config)

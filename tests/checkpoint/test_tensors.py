@@ -16,16 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from truetune.checkpoint.tensors import (
-    CHUNK_BYTES,
-    DTYPES,
-    PlannedTensor,
-    ShardWriter,
-    copy_bytes,
-    load,
-    open_index,
-    require_space,
-)
+from truetune.checkpoint.disk import require_space
+from truetune.checkpoint.header import DTYPES, PlannedTensor
+from truetune.checkpoint.shards import ShardWriter
+from truetune.checkpoint.tensors import CHUNK_BYTES, copy_bytes, load, open_index
 from truetune.errors import ModelError, OutputError
 
 
@@ -321,7 +315,7 @@ def test_a_disk_that_fills_up_on_the_way_says_so_and_leaves_nothing(small_disk: 
     write_all(source, {"w": big})
     writer = ShardWriter(small_disk, planned({"w": big}))  # 0.8 MB into 1 MiB: it fits when the check is made
     (small_disk / "other").write_bytes(bytes(500_000))
-    with pytest.raises(OutputError, match=r"too full(.|\n)*needed +800,\d+ bytes(.|\n)*free +[\d,]+ bytes"):
+    with pytest.raises(OutputError, match=r"is full(.|\n)*needed +800,\d+ bytes(.|\n)*free +[\d,]+ bytes"):
         writer.write("w", big) if how == "write" else writer.write_from(open_index(source)["w"])
     assert [path.name for path in small_disk.iterdir()] == ["other"]
 
@@ -338,7 +332,7 @@ def test_a_disk_error_that_only_shows_at_the_end_leaves_nothing(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OutputError, match="too full"):
+    with pytest.raises(OutputError, match="is full"):
         writer.close()
     assert list(tmp_path.iterdir()) == []
 

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2Model, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from truetune.checkpoint.tensors import PlannedTensor, ShardWriter, load, open_index
+from truetune.checkpoint.header import PlannedTensor
+from truetune.checkpoint.shards import ShardWriter
+from truetune.checkpoint.tensors import load, open_index
 from truetune.errors import ModelError, OutputError
 from truetune.export.merge import Addition, Edit, merge_checkpoint, name_in_checkpoint
 
@@ -311,6 +313,7 @@ def test_too_small_a_disk_is_refused_before_any_tensor_is_read(base: Path, small
 
 # The high-water mark of the kernel is reset after the imports (clear_refs), so it starts at what is resident then.
 # ru_maxrss would not do: a child inherits its parent's mark across exec, and pytest's own is higher than this merge's.
+# Left to itself, glibc keeps freed tensors in a heap with holes, and the mark was anything from 54 to 134 MB.
 MEASURED_MERGE = """
 import sys
 from pathlib import Path
@@ -348,7 +351,7 @@ def test_merging_300_mb_takes_the_memory_of_one_tensor(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     merge, control = map(int, done.stdout.split())
     assert control > 200e6  # the gauge sees what is held
-    assert merge < 120e6  # stored 10 + float32 sum 20 + twice in flight + result 10, and what torch loads on first use
+    assert merge < 70e6  # stored 10 + float32 copy 20 + sum 20, then result 10; 54 with what torch loads on first use
     merged = open_index(tmp_path / "out")
     assert torch.equal(load(merged["layer.7.proj"]), tensor + 1)
     assert torch.equal(load(merged["layer.7.other"]), tensor)

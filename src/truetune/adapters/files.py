@@ -1,35 +1,33 @@
 """Adapters on disk: PEFT's format to the letter, both ways, with ``truetune.json`` beside it.
 
-Loading compares every tensor that the model expects with every tensor in the file and reports all that is missing,
-extra or misshaped at once; nothing is ever half loaded. A setting this version does not implement is an error that
-names it, unless it is at the value that means "off".
+Nothing is ever half loaded (see ``adapters.tensors``). A setting this version does not implement is an error that names
+it, unless it is at the value that means "off".
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import pickle
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import Parameter
 
-from truetune.adapters.base import Adapter
-from truetune.adapters.inject import adapters, attach, attachment
-from truetune.adapters.lora import LoRALinear, LoRAParams
-from truetune.adapters.lora_embedding import LoRAEmbedding, TiedHead
-from truetune.adapters.peft_config import from_peft, to_peft
+from truetune.adapters.inject import attach, attachment, detach
+from truetune.adapters.peft_config import from_peft, saved_modules, to_peft
 from truetune.adapters.targets import resolve_targets
+from truetune.adapters.tensors import fill as fill
+from truetune.adapters.tensors import state as state
+from truetune.adapters.tensors import to_file as to_file
 from truetune.config.lora import LoRA
 from truetune.errors import AdapterError
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "truetune.json"
-_ROOT = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -45,39 +43,6 @@ class AdapterFile:
     def lora(self) -> LoRA:
         """The settings in our terms. Raises AdapterError on what this version does not implement."""
         return from_peft(self.config, self.folder)
-
-
-def state(model: nn.Module) -> dict[str, Parameter]:
-    """Key in PEFT's file → parameter, for everything that is trained beside or in the frozen base."""
-    owned, keys = set(), {}
-    for path, adapter in adapters(model):
-        for suffix, parameter in adapter.adapter_parameters():
-            keys[f"{_ROOT}{path}.{suffix}"] = parameter
-            owned.add(id(parameter))
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and id(parameter) not in owned:
-            keys[_ROOT + name.replace(".base.", ".base_layer.")] = parameter
-    return keys
-
-
-def to_file(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of ``adapter_model.safetensors``: ``state``, and the tied head's copies that PEFT expects."""
-    tensors = {key: p.detach().cpu().contiguous() for key, p in state(model).items()}
-    for key, _, tensor in _tied_copies(model):
-        tensors[key] = tensor.detach().cpu().clone().contiguous()
-    return tensors
-
-
-def _tied_copies(model: nn.Module) -> Iterator[tuple[str, Literal["transpose", "same"], Tensor]]:
-    """``(key, how it follows from the table's, tensor)`` of what the head of a tied model repeats in the file."""
-    attached = attachment(model)
-    for path, adapter in adapters(model):
-        if isinstance(adapter, TiedHead):
-            for suffix, parameter in adapter.tied_tensors():
-                yield f"{_ROOT}{path}.{suffix}", "transpose", parameter.T
-    if attached and attached.tied and set(attached.tied) & set(attached.full_modules):
-        head = attached.tied[1]
-        yield f"{_ROOT}{head}.weight", "same", model.get_submodule(head).weight  # type: ignore[misc]
 
 
 def save(model: nn.Module, folder: Path, *, base: str | None, card: Mapping[str, Any] | None = None) -> None:
@@ -114,84 +79,42 @@ def read(folder: Path) -> AdapterFile:
         except (SafetensorError, OSError) as error:
             raise AdapterError(f"{folder / WEIGHTS} can't be read: {error}", ("likely", "a copy cut short")) from None
     elif (folder / "adapter_model.bin").is_file():
-        tensors = torch.load(folder / "adapter_model.bin", map_location="cpu", weights_only=True)
+        tensors = _read_pickle(folder / "adapter_model.bin")
     else:
         raise AdapterError(f"{folder} has no {WEIGHTS}")
     return AdapterFile(folder, config, tensors, card)
 
 
 def load(model: nn.Module, file: AdapterFile) -> None:
-    """Attach the adapter a folder holds, and fill it.
+    """Attach the adapter a folder holds, and fill it; the model is as it was when that can't be done.
+
+    Parts of the base that were trained in full take the model's dtype, so that it runs as it did.
 
     Raises:
         AdapterError: a target the model lacks, or any tensor missing, extra or of another shape; all named at once.
     """
     lora = file.lora
     sites = resolve_targets(model, lora.targets, all_must_match=False)
-    attach(model, lora, sites=sites, tie=bool(file.config.get("ensure_weight_tying")))
-    fill(model, file.tensors, where=str(file.folder))
+    full = saved_modules(model, file.config)
+    tie = bool(file.config.get("ensure_weight_tying"))
+    attach(model, lora, sites=sites, full=full, tie=tie, in_float32=False)
+    try:
+        fill(model, file.tensors, where=str(file.folder))
+    except AdapterError:
+        detach(model)
+        raise
 
 
-def fill(model: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> None:
-    """Copy ``tensors`` (keys as in PEFT's file) into the adapter that ``model`` carries; exactly all of them."""
-    expected = state(model)
-    copies = {key: tensor for key, _, tensor in _tied_copies(model)}
-    allowed = {**expected, **copies}
-    unused = {key for key in tensors if key not in allowed and not _is_base_copy(model, key, tensors[key])}
-    problems = [f"missing    {key} {list(p.shape)}" for key, p in expected.items() if key not in tensors]
-    problems += [f"extra      {key} {list(tensors[key].shape)}" for key in sorted(unused)]
-    problems += [
-        f"misshaped  {key}: found {list(tensors[key].shape)}, expected {list(p.shape)}"
-        for key, p in allowed.items()
-        if key in tensors and tensors[key].shape != p.shape
-    ]
-    if problems:
-        more = f"\n… and {len(problems) - 12} more" if len(problems) > 12 else ""
-        raise AdapterError(
-            f"{where} does not fit this model: {len(problems)} of {len(tensors)} tensors",
-            ("tensors", "\n".join(problems[:12]) + more),
-            ("likely", "the adapter was trained on another base; its adapter_config.json names the one it knows"),
-        )
-    with torch.no_grad():
-        for key, parameter in expected.items():
-            parameter.copy_(tensors[key])
-    for key, tensor in copies.items():
-        if key in tensors and not tensor.is_meta and not torch.equal(tensors[key].to(tensor), tensor):
-            raise AdapterError(
-                f"{where}: {key} differs from the embedding table's, and this model's head is the table",
-                ("way out", "untie the base first, or train with ensure_weight_tying"),
-            )
-
-
-def site_params(model: nn.Module, file: AdapterFile) -> Iterator[tuple[str, Adapter, LoRAParams]]:
-    """``(path, wrapped layer, its tensors from the file)`` of every site that owns tensors."""
-    for path, adapter in adapters(model):
-        if isinstance(adapter, LoRALinear | LoRAEmbedding):
-            a, b = (file.tensors[f"{_ROOT}{path}.{suffix}"] for suffix in adapter.files.values())
-            yield path, adapter, LoRAParams(a=a, b=b, scale=adapter.scale)
-
-
-def replaced_tensors(model: nn.Module, file: AdapterFile) -> dict[str, Tensor]:
-    """Name of a base parameter → the tensor the file holds in its place, for parts that were trained in full."""
-    copied = {key for key, how, _ in _tied_copies(model) if how == "transpose"}
-    own = {f"{_ROOT}{path}.{suffix}" for path, a in adapters(model) for suffix, _ in a.adapter_parameters()} | copied
-    return {
-        key.removeprefix(_ROOT).replace(".base_layer.", "."): tensor
-        for key, tensor in file.tensors.items()
-        if key not in own and not _is_base_copy(model, key, tensor)
-    }
-
-
-def _is_base_copy(model: nn.Module, key: str, tensor: Tensor) -> bool:
-    """PEFT stores the whole frozen table beside an adapter on it; fine as long as it is this model's own."""
-    path, found, rest = key.removeprefix(_ROOT).partition(".base_layer.weight")
-    wrapped = dict(adapters(model)).get(path)
-    if not found or rest or wrapped is None:
-        return False
-    weight = wrapped.weight
-    if weight.is_meta:
-        return tensor.shape == weight.shape
-    return torch.equal(tensor.to(weight), weight)
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    """PEFT's older file; only tensors are unpickled."""
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise AdapterError(f"{path} can't be read: {reason}", ("likely", "a copy cut short, or no weights")) from None
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise AdapterError(f"{path} holds something else than tensors by name")
+    return tensors
 
 
 def _nearby(folder: Path) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import torch
 from torch import nn
 from torch.nn import Parameter
 
@@ -26,44 +27,67 @@ class Attachment:
     sites: tuple[str, ...]
     full_modules: tuple[str, ...] = ()  # base modules trained as a whole
     tied: tuple[str, ...] = ()  # (table, head) where they share one matrix that is adapted or trained
+    untied: tuple[str, ...] = ()  # (table, head) where they shared one and had to be taken apart
+    learned: tuple[Parameter, ...] = ()  # what required gradients before
 
 
 def attach(
-    model: nn.Module, config: LoRA, *, seed: int = 0, sites: Sequence[str] | None = None, tie: bool = True
+    model: nn.Module,
+    config: LoRA,
+    *,
+    seed: int = 0,
+    sites: Sequence[str] | None = None,
+    full: Sequence[str] | None = None,
+    tie: bool = True,
+    in_float32: bool = True,
 ) -> Attachment:
-    """Freeze a model and wrap the layers that ``config.targets`` names.
+    """Freeze a model and wrap the layers that ``config.targets`` names; nothing is changed when that can't be done.
 
     Args:
         model: changed in place.
         seed: of the adapters' start; each layer draws from a generator of its own, so the start of one layer does not
             depend on which others are wrapped.
         sites: exact paths to wrap instead of ``config.targets``.
+        full: exact paths of the modules to train as a whole instead of those that ``config.trainable`` names.
         tie: keep an embedding table and a head that share one matrix the same through the adapter as well; an adapter
-            made elsewhere may have adapted just one of the two.
+            made elsewhere may have changed just one of the two.
+        in_float32: keep the trained parts of the base in float32, as training needs; else in their own dtype.
     Raises:
         AdapterError: a target that matches nothing, or a model that already carries adapters.
     """
     if attachment(model) is not None:
         raise AdapterError("the model already carries an adapter", ("way out", "truetune.detach(model) first"))
     paths = list(sites) if sites is not None else resolve_targets(model, config.targets)
+    whole = tuple(full) if full is not None else _full_modules(model, config)
+    shared = tied_paths(model)
+    tied = shared if tie and set(shared) & {*paths, *whole} else ()
+    _check_disjoint(paths, whole, tied)
+    parts = _parts(model, config, whole)
+    untied = shared if not tie and set(shared) & set(whole) else ()
+    learned = tuple(p for p in model.parameters() if p.requires_grad)
     model.requires_grad_(False)
-    full = _full_modules(model, config)
-    shared = tied_paths(model) if tie else ()
-    if both := set(full) & {*paths, *(shared if set(shared) & set(paths) else ())}:
-        raise AdapterError(
-            f"{', '.join(sorted(both))} would be trained in full and get an adapter as well",
-            ("way out", "name it in --targets or in --trainable, not in both"),
-        )
-    tied = shared if set(shared) & {*paths, *full} else ()
+    if untied:
+        _untie(model, untied[1])
+        parts = _parts(model, config, whole)
     if tied and set(tied) & set(paths):
         _wrap_tied(model, tied, config, seed)
     for path in paths:
         if path not in tied:
             _wrap(model, path, config, seed)
-    _train_in_full(model, config, full)
-    result = Attachment(config, tuple(paths), full, tied)
+    for parameter in parts:
+        parameter.data = parameter.data.float() if in_float32 else parameter.data
+        parameter.requires_grad_(True)
+    result = Attachment(config, tuple(paths), whole, tied, untied, learned)
     model.truetune_attachment = result  # type: ignore[assignment]
     return result
+
+
+def _check_disjoint(paths: Sequence[str], whole: Sequence[str], tied: Sequence[str]) -> None:
+    if both := set(whole) & {*paths, *(tied if set(tied) & set(paths) else ())}:
+        raise AdapterError(
+            f"{', '.join(sorted(both))} would be trained in full and get an adapter as well",
+            ("way out", "name it in --targets or in --trainable, not in both"),
+        )
 
 
 def attachment(model: nn.Module) -> Attachment | None:
@@ -75,7 +99,11 @@ def detach(model: nn.Module) -> None:
     """Take every adapter out again; the base is as it was, except for parts that were trained in full."""
     for path, adapter in list(adapters(model)):
         _replace(model, path, adapter.base)
-    if attachment(model) is not None:
+    if attached := attachment(model):
+        _tie_again(model, attached.untied)
+        model.requires_grad_(False)
+        for parameter in attached.learned:
+            parameter.requires_grad_(True)
         del model.truetune_attachment
 
 
@@ -142,16 +170,31 @@ def _full_modules(model: nn.Module, config: LoRA) -> tuple[str, ...]:
     return tuple(dict.fromkeys(paths))
 
 
-def _train_in_full(model: nn.Module, config: LoRA, full: Sequence[str]) -> None:
-    """Turn gradients back on for the parts of the base that are trained, in float32."""
+def _parts(model: nn.Module, config: LoRA, whole: Sequence[str]) -> list[Parameter]:
+    """The parameters of the base that are trained: each once, though it be shared or named twice."""
     chosen: dict[int, Parameter] = {}
-    for path in full:
+    for path in whole:
         chosen |= {id(p): p for p in model.get_submodule(path).parameters()}
     if "bias" in config.trainable:
         biases = [p for name, p in model.named_parameters() if name.rsplit(".", 1)[-1] == "bias"]
         if not biases:
             raise AdapterError("--trainable bias: this model has no bias", ("way out", "leave bias out of --trainable"))
         chosen |= {id(p): p for p in biases}
-    for parameter in chosen.values():
-        parameter.data = parameter.data.float()
-        parameter.requires_grad_(True)
+    return list(chosen.values())
+
+
+def _untie(model: nn.Module, head_path: str) -> None:
+    """Give the head a matrix of its own."""
+    head = model.get_submodule(head_path)
+    assert isinstance(head.weight, Parameter)
+    head.weight = Parameter(head.weight.detach().clone(), requires_grad=False)
+
+
+def _tie_again(model: nn.Module, untied: Sequence[str]) -> None:
+    """Share one matrix again where nothing was learned that would be lost."""
+    if untied:
+        table, head = (model.get_submodule(path) for path in untied)
+        assert isinstance(table.weight, Parameter)
+        assert isinstance(head.weight, Parameter)
+        if not table.weight.is_meta and torch.equal(table.weight, head.weight):
+            head.weight = table.weight

@@ -7,12 +7,11 @@ matrix stays one matrix through training, saving and merging.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import Parameter
 from torch.nn import functional as F
 from typing_extensions import Self
 
@@ -89,10 +88,11 @@ class TiedHead(Adapter):
     """The output head of a model whose head is its embedding table: it reads the table's adapter and owns nothing.
 
     In the file it appears as a LoRA of its own with A = Bᵀ and B = Aᵀ of the table's, as PEFT's
-    ``ensure_weight_tying`` writes it.
+    ``ensure_weight_tying`` writes it: ``copies`` maps the head's suffixes to the table's.
     """
 
     files = {}  # noqa: RUF012 - ClassVar in the contract
+    copies: ClassVar[Mapping[str, str]] = {"lora_A.weight": "lora_embedding_B", "lora_B.weight": "lora_embedding_A"}
 
     def __init__(self, base: nn.Linear, table: LoRAEmbedding) -> None:
         super().__init__()
@@ -104,11 +104,6 @@ class TiedHead(Adapter):
         table = self._table[0]
         y: Tensor = F.linear(x, self.base.weight, self.base.bias)
         return y + lowrank.linear(x, table.lora_b.T, table.lora_a.T, table.scale).to(y.dtype)
-
-    def tied_tensors(self) -> Iterator[tuple[str, Parameter]]:
-        """``(suffix, the table's parameter)``; the file holds the transpose."""
-        yield "lora_A.weight", self._table[0].lora_b
-        yield "lora_B.weight", self._table[0].lora_a
 
     def merged_weight(self) -> Tensor:
         """The table's, [vocab, dim]."""

@@ -7,7 +7,6 @@ A folder without a valid manifest is not a checkpoint, whatever it is called.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -15,9 +14,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError
-
-from truetune.errors import OutputError
+from truetune.checkpoint import disk
 
 MANIFEST = "MANIFEST.json"
 
@@ -45,40 +42,13 @@ def atomic_folder(path: Path, *, manifest: bool = True) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Turn the system's refusals to write into an error with a way out."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise _disk_full(folder) from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise OutputError(
-                f"{folder} can't be written: {error.strerror}", ("way out", "--out with a folder you may write to")
-            ) from None
-        if error.errno in (errno.ENOTDIR, errno.EEXIST):
-            raise OutputError(f"{folder} is not a folder", ("way out", "choose another --out")) from None
-        raise
-    except SafetensorError as error:
-        if "os error 28" in str(error) or "No space left" in str(error):
-            raise _disk_full(folder) from None
-        raise
-
-
-def _disk_full(folder: Path) -> OutputError:
-    free = shutil.disk_usage(_existing(folder)).free
-    return OutputError(
-        f"the disk that holds {folder} is full: {free / 1e6:,.0f} MB are left",
+def writing(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """``disk.writing`` with the way out of a run that has checkpoints."""
+    return disk.writing(
+        folder,
         ("kept", "every checkpoint that was complete before is still there"),
         ("way out", "free some space, or lower --keep, then run again with --resume auto"),
     )
-
-
-def _existing(path: Path) -> Path:
-    while not path.exists():
-        path = path.parent
-    return path
 
 
 def is_valid(folder: Path) -> bool:
@@ -89,17 +59,18 @@ def is_valid(folder: Path) -> bool:
 def faults(folder: Path) -> list[str]:
     """What is wrong with a folder, by its manifest: one line per fault."""
     try:
-        listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        listed = {folder / name: (int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return [f"no readable {MANIFEST}"]
     found = []
-    for name, entry in listed.items():
-        file = folder / name
+    for file, (size, digest) in listed.items():
+        name = file.relative_to(folder)
         if not file.is_file():
             found.append(f"{name} is missing")
-        elif file.stat().st_size != entry["size"]:
-            found.append(f"{name} has {file.stat().st_size:,} bytes, expected {entry['size']:,}")
-        elif sha256(file) != entry["sha256"]:
+        elif file.stat().st_size != size:
+            found.append(f"{name} has {file.stat().st_size:,} bytes, expected {size:,}")
+        elif sha256(file) != digest:
             found.append(f"{name} has another content than when it was saved")
     return found
 
@@ -121,15 +92,7 @@ def _write_manifest(folder: Path) -> None:
 
 def _sync_tree(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        disk.sync(path)
 
 
 def _put_in_place(temporary: Path, path: Path) -> None:
@@ -139,7 +102,7 @@ def _put_in_place(temporary: Path, path: Path) -> None:
     if path.exists():
         path.rename(aside)
     temporary.rename(path)
-    _sync(path.parent)
+    disk.sync(path.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -149,7 +112,7 @@ def write_text(path: Path, text: str) -> None:
         temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
         try:
             temporary.write_text(text, encoding="utf-8")
-            _sync(temporary)
+            disk.sync(temporary)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)

@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -63,12 +65,12 @@ def save(
     Raises:
         OutputError: the disk is full or read-only.
     """
-    path = out / FOLDER / f"step-{progress.step:06d}"
+    path = folder_of(out, progress.step)
     with atomic_folder(path) as folder:
         write_trained(model, folder, base=base)
         save_file(_optimizer_tensors(optimizer, trained_state(model)), folder / "optimizer.safetensors")
         (folder / "state.json").write_text(json.dumps(asdict(progress), indent=1), encoding="utf-8")
-    _prune(out, keep, best=progress.best_step)
+    _prune(out, keep, progress.step)
     return path
 
 
@@ -87,12 +89,7 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | Non
     Raises:
         CheckpointError: it is damaged, or does not belong to this model.
     """
-    if problems := faults(path):
-        raise CheckpointError(
-            f"{path} is not a complete checkpoint",
-            ("found", "\n".join(problems)),
-            ("way out", "--resume auto takes the newest one that is"),
-        )
+    check_whole(path)
     if attachment(model) is not None:
         files.fill(model, load_file(path / "adapter" / files.WEIGHTS), where=str(path))
     else:
@@ -102,26 +99,68 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | Non
     return read_progress(path)
 
 
+def check_whole(path: Path) -> None:
+    """Raises CheckpointError unless every file of a checkpoint is as it was saved."""
+    if problems := faults(path):
+        raise CheckpointError(
+            f"{path} is not a complete checkpoint",
+            ("found", "\n".join(problems)),
+            ("way out", "--resume auto takes the newest one that is"),
+        )
+
+
 def read_progress(path: Path) -> Progress:
-    """The counters of a checkpoint."""
-    return Progress(**json.loads((path / "state.json").read_text(encoding="utf-8")))
+    """The counters of a checkpoint.
+
+    Raises:
+        CheckpointError: they can't be read.
+    """
+    try:
+        return Progress(**json.loads((path / "state.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path / 'state.json'} can't be read: {error}") from None
+
+
+def folder_of(out: Path, step: int) -> Path:
+    """Where the checkpoint after ``step`` steps lies."""
+    return out / FOLDER / f"step-{step:06d}"
 
 
 def newest(out: Path) -> tuple[Path | None, list[Path]]:
     """``(newest valid checkpoint, damaged ones that are newer)``."""
     damaged: list[Path] = []
-    for path in sorted((out / FOLDER).glob("step-*"), reverse=True):
+    for _, path in reversed(_numbered(out)):
         if is_valid(path):
             return path, damaged
         damaged.append(path)
     return None, damaged
 
 
-def _prune(out: Path, keep: int, *, best: int | None) -> None:
-    """Keep the newest ``keep`` and the best; temporary folders of killed saves go too."""
-    found = sorted((out / FOLDER).glob("step-*"))
-    spared = {f"step-{best:06d}"} if best is not None else set()
-    for path in found[:-keep]:
+def drop_newer(out: Path, step: int) -> list[str]:
+    """Remove the checkpoints after ``step``, damaged ones too: those steps will be done again. Returns their names."""
+    newer = [path for number, path in _numbered(out) if number > step]
+    for path in newer:
+        shutil.rmtree(path, ignore_errors=True)
+    return [path.name for path in newer]
+
+
+def _numbered(out: Path) -> list[tuple[int, Path]]:
+    """``(step, folder)`` of everything that is called like a checkpoint, oldest first."""
+    named = ((re.fullmatch(r"step-(\d{6,})", path.name), path) for path in (out / FOLDER).glob("step-*"))
+    return sorted((int(match[1]), path) for match, path in named if match and path.is_dir())
+
+
+def _prune(out: Path, keep: int, step: int) -> None:
+    """Keep the newest ``keep`` up to ``step``, and the best each of them names: should the newest be damaged, the run
+    goes on from the one before, and still knows its best. Temporary folders of killed saves go too."""
+    found = [path for number, path in _numbered(out) if number <= step]
+    spared = {path.name for path in found[-keep:]}
+    for path in found[-keep:]:
+        # A damaged one names none; the run has its own reasons to say so.
+        with contextlib.suppress(CheckpointError):
+            best = read_progress(path).best_step
+            spared |= {folder_of(out, best).name} if best is not None else set()
+    for path in found:
         if path.name not in spared:
             shutil.rmtree(path, ignore_errors=True)
     for path in (out / FOLDER).glob(".step-*"):
@@ -153,8 +192,11 @@ def _fill_optimizer(
     for name, tensor in tensors.items():
         key, _, field_name = name.rpartition(".")
         by_parameter.setdefault(key, {})[field_name] = tensor
+    if unknown := sorted(set(by_parameter) - set(parameters)):
+        raise CheckpointError(
+            f"the optimizer's state is of tensors this model does not train: {', '.join(unknown[:5])}"
+        )
     for key, fields in by_parameter.items():
         parameter = parameters[key]
-        optimizer.state[parameter] = {
-            name: value if name == "step" else value.to(parameter.device) for name, value in fields.items()
-        }
+        # The fused AdamW wants its step counter beside the parameter too.
+        optimizer.state[parameter] = {name: value.to(parameter.device) for name, value in fields.items()}

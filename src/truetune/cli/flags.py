@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import re
+import textwrap
 import types
 from collections.abc import Sequence
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from truetune.config.options import Options, aliases_of, group_of
-from truetune.config.resolve import spellings
+from truetune.config.options import Options, aliases_of, group_of, spellings
 from truetune.errors import ConfigError, nearest
 
 _TITLES = {
@@ -23,10 +24,10 @@ _TITLES = {
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, with our errors: they name the nearest flag and never print the whole usage."""
+    """argparse, with our errors: they say what to type and never print the whole usage."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(message, ("help", f"{self.prog} --help lists every setting"))
+        raise _reword(message, self.prog)
 
 
 class _Formatter(argparse.HelpFormatter):
@@ -34,6 +35,9 @@ class _Formatter(argparse.HelpFormatter):
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=30, width=110)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(text, width, break_on_hyphens=False)  # or a flag would be cut in two
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings or isinstance(action, argparse._HelpAction):
@@ -44,7 +48,7 @@ class _Formatter(argparse.HelpFormatter):
 
 
 def parse(name: str, config_class: type[Options], argv: Sequence[str]) -> tuple[dict[str, Any], str | None, bool]:
-    """``(flags that were given, --config, --json)``.
+    """``(flags that were given, --config, --json)``; of a flag given twice the last one counts, of a list all do.
 
     Raises:
         ConfigError: an unknown flag, or one without its value.
@@ -54,15 +58,19 @@ def parse(name: str, config_class: type[Options], argv: Sequence[str]) -> tuple[
     if rest:
         raise _unknown(name, config_class, rest)
     values = {key: value for key, value in vars(known).items() if value is not None}
+    for field in config_class.positional:
+        if (bare := values.pop(f"positional_{field}", None)) is not None:
+            values[field] = bare
     config_file, as_json = values.pop("config_file", None), bool(values.pop("as_json", False))
     return values, config_file, as_json
 
 
 def build_parser(name: str, config_class: type[Options]) -> argparse.ArgumentParser:
     """The parser of one command; every default is None, so that what was given can be told from what was not."""
+    about = (config_class.__doc__ or "").split("\n")[0].partition(": ")[2]
     parser = _Parser(
         prog=f"truetune {name}",
-        description=(config_class.__doc__ or "").split("\n")[0],
+        description=about[:1].upper() + about[1:],
         allow_abbrev=False,
         usage=f"truetune {name} {_usage(config_class)}",
         formatter_class=_Formatter,
@@ -72,8 +80,9 @@ def build_parser(name: str, config_class: type[Options]) -> argparse.ArgumentPar
     for field, info in config_class.model_fields.items():
         heading = group_of(info)
         if field in config_class.positional:
-            groups[heading].add_argument(field, nargs="?", metavar=field.upper(), help=_help(info))
-        groups[heading].add_argument(*_names(field, info), dest=field, default=None, help=_help(info), **_kind(info))
+            groups[heading].add_argument(f"positional_{field}", nargs="?", metavar=field.upper(), help=_help(info))
+        text = argparse.SUPPRESS if field in config_class.positional else _help(info)
+        groups[heading].add_argument(*_names(field, info), dest=field, default=None, help=text, **_kind(info))
     general = parser.add_argument_group("general")
     general.add_argument("--config", dest="config_file", metavar="FILE.yaml", help="settings from a file; flags win")
     general.add_argument(
@@ -100,10 +109,13 @@ def _kind(info: FieldInfo) -> dict[str, Any]:
     if annotation is bool:
         return {"action": argparse.BooleanOptionalAction}
     if get_origin(annotation) is tuple:
-        return {"action": "extend", "nargs": "+", "metavar": "X …"}
-    if get_origin(annotation) is Literal:
-        return {"metavar": "|".join(map(str, get_args(annotation)))}
-    return {"metavar": {int: "N", float: "X"}.get(annotation, "TEXT")}
+        of = get_args(annotation)[0]
+        return {"action": "extend", "nargs": "+", "metavar": f"{_choices(of) or 'X'} …"}
+    return {"metavar": _choices(annotation) or {int: "N", float: "X"}.get(annotation, "TEXT")}
+
+
+def _choices(annotation: Any) -> str:
+    return "|".join(map(str, get_args(annotation))) if get_origin(annotation) is Literal else ""
 
 
 def _plain(annotation: Any) -> Any:
@@ -118,18 +130,37 @@ def _help(info: FieldInfo) -> str:
     default = info.default
     also = [f"--{name.replace('_', '-')}" for name in aliases_of(info) if len(name) > 1]
     text += f" [also {', '.join(also)}]" if also else ""
-    if info.is_required() or default in (None, "", (), False) or "default" in text:
+    if info.is_required() or default is None or default is False or default in ("", ()) or "(default" in text:
         return text
     shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-    return f"{text} (default: {shown})"
+    return f"{text} (default: {f'{shown:g}' if isinstance(shown, float) else shown})"
 
 
 def _unknown(name: str, config_class: type[Options], rest: Sequence[str]) -> ConfigError:
-    flag = next((word for word in rest if word.startswith("-")), rest[0])
-    known = ["--" + key.replace("_", "-") for key in spellings(config_class)] + ["--config", "--json", "--help"]
-    what = f"unknown flag {flag.split('=')[0]}" if flag.startswith("-") else f"'{flag}' belongs to no flag"
+    flag = next((word for word in rest if word.startswith("-")), rest[0]).split("=")[0]
+    known = [option for action in build_parser(name, config_class)._actions for option in action.option_strings]
+    known += [f"--{key}" for key in spellings(config_class) if len(key) == 1]
     return ConfigError(
-        what,
-        ("did you mean", nearest(flag.split("=")[0], known)),
+        f"unknown flag {flag}" if flag.startswith("-") else f"'{flag}' belongs to no flag",
+        ("did you mean", nearest(flag, known) if flag.startswith("--") else ""),
         ("help", f"truetune {name} --help lists every setting"),
     )
+
+
+def _reword(message: str, prog: str) -> ConfigError:
+    """argparse's sentence about one flag, as ours."""
+    found = re.match(r"argument ([^:]+): (.*)", message, re.DOTALL)
+    if not found:
+        return ConfigError(message, ("help", f"{prog} --help lists every setting"))
+    flags, complaint = found[1].split("/"), found[2]
+    if complaint.startswith("expected"):
+        return ConfigError(
+            f"{flags[0]} needs a value",
+            ("way out", f"{flags[0]} VALUE, or {flags[0]}=VALUE when the value starts with a dash"),
+        )
+    if complaint.startswith("ignored explicit argument"):
+        both = [flag for flag in flags if flag in (flags[0], f"--no-{flags[0][2:]}")]
+        return ConfigError(
+            f"{flags[0]} takes no value, and {complaint.rpartition(' ')[2]} was given", ("way out", " or ".join(both))
+        )
+    return ConfigError(f"{flags[0]}: {complaint}", ("help", f"{prog} --help lists every setting"))

@@ -46,16 +46,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
-        return _dispatch(arguments)
+        code = _dispatch(arguments)
+        sys.stdout.flush()  # here, where a closed pipe can still be told from a fault
+        return code
     except TruetuneError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("stopped; nothing after the last checkpoint was saved", file=sys.stderr)
+        print("stopped at once; of a run, what its last checkpoint holds is kept", file=sys.stderr)
         return 130
     except BrokenPipeError:
+        # Whoever read our output has gone: leave as a program that SIGPIPE ends, and keep the interpreter's own last
+        # flush from failing as well.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 141
     except Exception:
         traceback.print_exc()
         print("error: this is a fault of truetune's, not yours; the lines above say where", file=sys.stderr)
@@ -78,12 +82,15 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _run(name: str, arguments: list[str]) -> int:
-    from truetune.cli.flags import parse
+    from truetune.cli.flags import build_parser, parse
     from truetune.config.resolve import resolve
 
     command = COMMANDS[name]
     module, _, class_name = command.config.partition(":")
     config_class = getattr(importlib.import_module(module), class_name)
+    if "-h" in arguments or "--help" in arguments:
+        print(build_parser(name, config_class).format_help(), end="")
+        return 0
     flags, file, as_json = parse(name, config_class, arguments)
     resolved = resolve(config_class, file=file, flags=flags)
     result = importlib.import_module(command.recipe).run(resolved)

@@ -15,7 +15,10 @@ class BaseGroup(Options):
     """Which model, in which precision, where."""
 
     model: str = option(
-        help="the base: a local folder, or a name on the Hub", group="base", alias=("model_name_or_path", "base_model")
+        help="the base: a local folder, or a name on the Hub",
+        group="base",
+        alias=("model_name_or_path", "base_model"),
+        min_length=1,
     )
     revision: str | None = option(None, help="branch, tag or commit of a Hub model", group="base")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(

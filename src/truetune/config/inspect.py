@@ -10,6 +10,7 @@ from truetune.config.options import Options, option
 class InspectConfig(Options):
     """Settings of ``truetune inspect``: say what a model, adapter, checkpoint, run or data file is."""
 
+    command: ClassVar[str] = "inspect"
     positional: ClassVar[tuple[str, ...]] = ("path",)
 
-    path: str = option(help="a folder or file", group="run")
+    path: str = option(help="a folder or file", group="run", min_length=1)

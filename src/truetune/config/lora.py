@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
-
-from pydantic import field_validator
+from typing import Literal
 
 from truetune.config.options import Options, option
 
@@ -38,8 +36,3 @@ class LoRA(Options):
     trainable: tuple[Trainable, ...] = option(
         (), help="parts of the base trained in full beside the adapter", group="tuning"
     )
-
-    @field_validator("targets", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from truetune.config.options import Options, option
 
 
 class MergeConfig(Options):
     """Settings of ``truetune merge``: fold an adapter into its base, tensor by tensor."""
 
-    model: str = option(help="the base the adapter was trained on", group="base", alias=("base_model",))
+    command: ClassVar[str] = "merge"
+
+    model: str = option(help="the base the adapter was trained on", group="base", alias=("base_model",), min_length=1)
     revision: str | None = option(None, help="branch, tag or commit of a Hub model", group="base")
-    adapter: str = option(help="the adapter's folder", group="base", alias=("adapters",))
+    adapter: str = option(help="the adapter's folder", group="base", alias=("adapters",), min_length=1)
     out: str = option(
-        help="folder for the merged model; must not exist or be empty", group="run", alias=("output_dir",)
+        help="folder for the merged model; must not exist or be empty",
+        group="run",
+        alias=("output_dir", "output"),
+        min_length=1,
     )
     max_shard_gb: float = option(5.0, help="largest weight file, in GB", group="run", gt=0)
     allow_other_base: bool = option(

@@ -2,20 +2,51 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+_KINDS = {int: "a whole number", float: "a number", str: "a text"}
+
 
 class Options(BaseModel):
-    """Base of every command's settings: frozen, and unknown keys are refused."""
+    """Base of every command's settings: frozen, and unknown keys are refused.
+
+    Raises:
+        truetune.errors.ConfigError: on construction, naming every setting that is missing, unknown or wrong.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
+    command: ClassVar[str] = ""
+    """The command these are the settings of, as it is typed."""
+
     positional: ClassVar[tuple[str, ...]] = ()
     """Fields that may be given without their flag, in this order."""
+
+    if not TYPE_CHECKING:  # a type checker should see the fields, not **values
+
+        def __init__(self, **values: Any) -> None:
+            try:
+                super().__init__(**values)
+            except ValidationError as error:
+                from truetune.config.wording import InvalidOptionsError
+
+                raise InvalidOptionsError(error, type(self)) from None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_declared(cls, value: Any, info: ValidationInfo) -> Any:
+        """One text where a list is declared is a list of one; true and false are no numbers."""
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, str) and get_origin(annotation) is tuple:
+            return (value,)
+        kinds = [kind for kind in (annotation, *get_args(annotation)) if kind in _KINDS]
+        if isinstance(value, bool) and kinds:
+            raise ValueError(_KINDS[kinds[0]])
+        return value
 
 
 def option(
@@ -49,3 +80,11 @@ def aliases_of(info: FieldInfo) -> tuple[str, ...]:
     extra = info.json_schema_extra
     names = extra.get("alias", []) if isinstance(extra, dict) else []
     return tuple(str(name) for name in names) if isinstance(names, list) else ()
+
+
+def spellings(config_class: type[Options]) -> dict[str, str]:
+    """Every accepted key in snake case → the field it means."""
+    names = {name: name for name in config_class.model_fields}
+    for name, info in config_class.model_fields.items():
+        names |= dict.fromkeys(aliases_of(info), name)
+    return names

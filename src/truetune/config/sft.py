@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import model_validator
 from typing_extensions import Self
@@ -23,10 +23,11 @@ class TrainConfig(BaseGroup, LengthGroup, TuningGroup, TrainingGroup, RunGroup):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.select == "best" and not (self.val_split or self.val_data):
-            raise ValueError("--select best needs held-out rows: add --val-split 0.05 or --val-data FILE")
-        if self.eval_every and not (self.val_split or self.val_data):
-            raise ValueError("--eval-every needs held-out rows: add --val-split 0.05 or --val-data FILE")
+        if self.val_split and self.val_data:
+            raise ValueError("--val-split and --val-data: each names the held-out rows; keep one of the two")
+        if (self.select == "best" or self.eval_every) and not (self.val_split or self.val_data):
+            flag = "--select best" if self.select == "best" else "--eval-every"
+            raise ValueError(f"{flag} needs held-out rows: add --val-split 0.05 or --val-data FILE")
         if self.method == "full":
             _refuse_adapter_settings(self)
         return self
@@ -39,6 +40,8 @@ class TrainConfig(BaseGroup, LengthGroup, TuningGroup, TrainingGroup, RunGroup):
 
 class SFTConfig(TrainConfig):
     """Settings of ``truetune sft``: supervised fine-tuning on instructions, conversations or texts."""
+
+    command: ClassVar[str] = "sft"
 
     format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt-completion", "text"] = option(
         "auto", help="form of the rows; auto tells it from the columns", group="dataset"
@@ -64,7 +67,11 @@ class SFTConfig(TrainConfig):
 class PretrainConfig(TrainConfig):
     """Settings of ``truetune pretrain``: every token of raw text is learned, cut into blocks of --max-length."""
 
-    method: Literal["lora", "full"] = option("full", help="how to tune", group="tuning")
+    command: ClassVar[str] = "pretrain"
+
+    method: Literal["lora", "full"] = option(
+        "full", help="how to tune", group="tuning", alias=("tuner_type", "train_type")
+    )
 
 
 def _refuse_adapter_settings(config: TrainConfig) -> None:

@@ -77,8 +77,12 @@ def _render(
     if row.tools and "tools" not in template.source:
         raise TemplateError("the row brings tools, and the template has no place for them")
     full = template.render(encoder, messages, tools=row.tools, prompt=False)
+    for turn, message in enumerate(messages, 1):
+        if message.role in ("system", "user") and _left_out(message, full):
+            raise TemplateError(f"the template leaves out a part of turn {turn} ({message.role})")
     if train_on == "all":
-        return _Rendered(row, full, ((len(encoder.bos_token), len(full.rstrip())),))
+        opening = len(encoder.bos_token) if full.startswith(encoder.bos_token) else 0
+        return _Rendered(row, full, ((opening, len(full.rstrip())),))
     answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
     spans = []
     for index in answers[-1:] if train_on == "last" else answers:
@@ -89,8 +93,20 @@ def _render(
                 f"the template words turn {index + 1} differently once more turns follow, so what is trained would not "
                 "be what is served; --train-on last trains the last answer alone"
             )
+        if _left_out(messages[index], upto[len(before) :]):
+            raise TemplateError(
+                f"the template leaves out a part of the answer in turn {index + 1} (its reasoning, perhaps), so it "
+                "would not be learned; --template FILE with one that keeps it"
+            )
         spans.append((len(before), len(upto)))
     return _Rendered(row, full, tuple(spans))
+
+
+def _left_out(message: Message, text: str) -> bool:
+    """Whether a template dropped words of a message; blanks and line breaks are its own affair."""
+    bare = "".join(text.split())
+    parts = [message.content] if message.instruction is None else [message.instruction, message.input or ""]
+    return any("".join(part.split()) not in bare for part in parts)
 
 
 def _tokenise(items: Sequence[_Rendered], encoder: TextEncoder) -> list[tuple[list[int], list[bool]]]:
@@ -136,7 +152,7 @@ def _mask_problem(
     item: _Rendered, tokens: Sequence[int], trained: Sequence[bool], encoder: TextEncoder
 ) -> tuple[str, str] | None:
     """Why an example must not be trained on: no trained token, or an answer that never learns to stop."""
-    if not any(trained):
+    if not any(trained[1:]):  # the first token has no predecessor to be predicted from
         return "nothing_trained", "no token of this row carries a loss"
     ends = [i for i, flag in enumerate(trained) if flag and (i + 1 == len(trained) or not trained[i + 1])]
     if item.row.messages and any(tokens[end] not in encoder.stop_ids for end in ends):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,21 +57,31 @@ def group(lengths: Sequence[int], budget: int, *, packing: bool) -> list[list[in
         Positions into ``lengths``; every position once.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    return _best_fit(lengths, order, budget) if packing else _neighbours(lengths, order, budget)
+
+
+def _best_fit(lengths: Sequence[int], order: Sequence[int], budget: int) -> list[list[int]]:
     bins: list[list[int]] = []
-    room: list[int] = []
+    rooms: list[tuple[int, int]] = []  # (tokens left, bin), ascending
     for i in order:
-        cost = lengths[i] if packing else max([lengths[i], *(lengths[j] for j in bins[-1])] if bins else [lengths[i]])
-        if packing:
-            fits = [b for b in range(len(bins)) if room[b] >= cost]
-            best = min(fits, key=lambda b: room[b], default=None)
-        else:
-            best = len(bins) - 1 if bins and cost * (len(bins[-1]) + 1) <= budget else None
-        if best is None:
-            bins.append([i])
-            room.append(budget - cost)
-        else:
+        place = bisect_left(rooms, (lengths[i], 0))
+        if place < len(rooms):
+            room, best = rooms.pop(place)
             bins[best].append(i)
-            room[best] -= cost
+        else:
+            room, best = budget, len(bins)
+            bins.append([i])
+        insort(rooms, (room - lengths[i], best))
+    return bins
+
+
+def _neighbours(lengths: Sequence[int], order: Sequence[int], budget: int) -> list[list[int]]:
+    bins: list[list[int]] = []
+    for i in order:
+        if bins and lengths[bins[-1][0]] * (len(bins[-1]) + 1) <= budget:  # the first of a bin is its longest
+            bins[-1].append(i)
+        else:
+            bins.append([i])
     return bins
 
 

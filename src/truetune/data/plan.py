@@ -48,6 +48,7 @@ class StepPlan:
 
     def __post_init__(self) -> None:
         self._shuffled: tuple[int, Tensor] | None = None
+        self._lengths: list[int] = self.data.lengths.tolist()
 
     def examples(self, step: int) -> list[int]:
         """The examples of step ``step`` (counted from 0); a step may reach into the next pass."""
@@ -57,7 +58,7 @@ class StepPlan:
     def micro_batches(self, step: int) -> list[Batch]:
         """The micro-batches of a step."""
         examples = self.examples(step)
-        lengths = [int(self.data.lengths[i]) for i in examples]
+        lengths = [self._lengths[i] for i in examples]
         groups = group(lengths, self.micro_tokens, packing=self.packing)
         return [collate(self.data, [examples[i] for i in members], packing=self.packing) for members in groups]
 

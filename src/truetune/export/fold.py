@@ -6,13 +6,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from truetune.adapters.files import AdapterFile, replaced_tensors, site_params
+from truetune.adapters.files import AdapterFile
 from truetune.adapters.inject import attachment, tied_paths
 from truetune.adapters.lora import LoRAParams, merge
 from truetune.adapters.lora_embedding import LoRAEmbedding, merge_table
-from truetune.checkpoint.tensors import TensorEntry, load
+from truetune.adapters.tensors import base_copies, replaced_tensors, site_params
+from truetune.checkpoint.header import TensorEntry
+from truetune.checkpoint.tensors import load
 from truetune.errors import AdapterError
 from truetune.export.merge import Addition, Edit, name_in_checkpoint
 from truetune.ops.frozen import is_conv1d
@@ -39,23 +42,23 @@ def fold(model: nn.Module, file: AdapterFile, entries: Mapping[str, TensorEntry]
         AdapterError: a tensor the adapter changes is not in the checkpoint.
     """
     changes = _changes(model, file)
-    stored = {name: name_in_checkpoint(name, list(entries), prefix) for name in changes}
+    attached = attachment(model)
+    assert attached is not None
+    keys = list(entries)
+    stored = {name: name_in_checkpoint(name, keys, prefix) for name in changes}
     edits: dict[str, Edit | Addition] = {key: Edit(key, changes[name]) for name, key in stored.items() if key}
     config: dict[str, Any] = {}
-    attached, shared = attachment(model), tied_paths(model)
-    assert attached is not None
-    if shared:
-        table, head = (f"{path}.weight" for path in shared)
-        if attached.tied:
-            stored[head] = stored.get(head) or ""  # the table's edit is the head's as well
-        elif {table, head} & set(changes):
-            config["tie_word_embeddings"] = False
-            if not stored.get(head):
-                edits[head] = _own_head(
-                    head, changes.get(head), entries[name_in_checkpoint(table, list(entries), prefix) or table]
-                )
-                stored[head] = head
-    if missing := [name for name, key in stored.items() if key is None]:
+    shared = tuple(f"{path}.weight" for path in attached.untied or tied_paths(model))
+    where = {name: name_in_checkpoint(name, keys, prefix) for name in shared}
+    if shared and attached.tied:
+        change = changes[shared[0]]
+        edits |= {key: Edit(key, change) for key in where.values() if key}  # some files hold the one matrix twice
+    elif set(shared) & set(changes):
+        config["tie_word_embeddings"] = False
+        for name, other in (shared, shared[::-1]):
+            if not where[name] and (key := where[other]):
+                edits[name] = _of_its_own(name, changes.get(name), entries[key])
+    if missing := [name for name, key in stored.items() if not key and name not in shared]:
         raise AdapterError(
             f"the base's files have no tensor {', '.join(missing[:5])}" + (" …" if len(missing) > 5 else ""),
             ("likely", "transformers renames this model's weights while loading, which a streaming merge can't follow"),
@@ -63,20 +66,35 @@ def fold(model: nn.Module, file: AdapterFile, entries: Mapping[str, TensorEntry]
     return Fold(edits, config)
 
 
-def _own_head(name: str, change: Change | None, source: TensorEntry) -> Addition:
-    """The head was the table and now differs from it: it gets a tensor of its own."""
+def _of_its_own(name: str, change: Change | None, source: TensorEntry) -> Addition:
+    """Table and head were one tensor and now differ: the one that the files lacked gets a tensor too."""
     return Addition(name, source.dtype, source.shape, lambda: change(load(source)) if change else load(source))
 
 
 def _changes(model: nn.Module, file: AdapterFile) -> dict[str, Change]:
     """Name of a base tensor → what becomes of it."""
     changes: dict[str, Change] = {}
-    for path, adapter, params in site_params(model, file):
+    for path, adapter, params in site_params(model, file.tensors):
         if isinstance(adapter, LoRAEmbedding):
             changes[f"{path}.weight"] = _table(params)
         else:
             changes[f"{path}.weight"] = _linear(params, transposed=is_conv1d(adapter.base))
-    return changes | {name: _replacement(tensor) for name, tensor in replaced_tensors(model, file).items()}
+    for name, copy in base_copies(model, file.tensors).items():
+        if name in changes:
+            changes[name] = _checked(changes[name], copy, f"{file.folder}: the copy of {name} in it")
+    return changes | {name: _replacement(tensor) for name, tensor in replaced_tensors(model, file.tensors).items()}
+
+
+def _checked(change: Change, copy: Tensor, what: str) -> Change:
+    """Compare the base with the adapter's own copy of it before it is changed."""
+
+    def apply(weight: Tensor) -> Tensor:
+        if not torch.equal(copy.to(weight.dtype), weight):
+            way_out = "pass the base that the adapter was trained on"
+            raise AdapterError(f"{what} is not what this base holds", ("way out", way_out))
+        return change(weight)
+
+    return apply
 
 
 def _linear(params: LoRAParams, *, transposed: bool) -> Change:

@@ -19,17 +19,12 @@ from pathlib import Path, PurePosixPath
 import torch
 from torch import Tensor
 
-from truetune.checkpoint.tensors import (
-    PlannedTensor,
-    ShardWriter,
-    TensorEntry,
-    load,
-    open_index,
-    output_error,
-    require_space,
-    sync_folder,
-)
+from truetune.checkpoint.disk import require_space, sync, writing
+from truetune.checkpoint.header import PlannedTensor, TensorEntry
+from truetune.checkpoint.shards import ShardWriter
+from truetune.checkpoint.tensors import load, open_index
 from truetune.errors import ModelError, OutputError, nearest
+from truetune.ops.allocator import return_freed_memory
 
 # What makes a model beside its weights. Anything else in the folder (README, optimizer, logs, other formats) belongs
 # to the base or to the run that made it; the licence has to travel with the weights.
@@ -100,6 +95,7 @@ def merge_checkpoint(
         OutputError: ``out`` is the base, or not empty, or the disk is full or not writable.
         ValueError: the edits contradict each other, or one returns another shape or dtype than it announced.
     """
+    return_freed_memory()
     entries = open_index(base)
     _check_edits(base, entries, edits, drop)
     _check_out(base, out)
@@ -238,25 +234,17 @@ def _appearing(out: Path, files: Mapping[str, bytes | Path], needed: int) -> Ite
     """A folder beside ``out`` with ``files`` in it; takes the name of ``out`` at the end, is removed on any failure."""
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
-        with _worded(out.parent, needed):
+        with writing(out.parent, needed=needed):
             out.parent.mkdir(parents=True, exist_ok=True)
             require_space(out.parent, needed)
             partial.mkdir()
             _write_files(partial, files)
         yield partial
-        with _worded(out.parent, needed):
+        with writing(out.parent, needed=needed):
             if out.is_dir():
                 out.rmdir()  # empty, as checked; a rename onto a folder is not allowed everywhere
             partial.rename(out)
-            sync_folder(out.parent)
+            sync(out.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-
-
-@contextlib.contextmanager
-def _worded(folder: Path, needed: int) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise output_error(error, folder, needed) from error

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -50,7 +51,6 @@ class _Streamer:
         self.show(text[self.shown :])
 
 
-@torch.no_grad()
 def answer(
     model: Any,
     tokenizer: Decoder,
@@ -65,19 +65,55 @@ def answer(
     Returns:
         The new ids, the stop token included when one came.
     """
+    streamer = _Streamer(tokenizer.hf, show) if show else None
+    return _generate(model, [prompt], stop_ids=stop_ids, sampling=sampling, streamer=streamer)[0]
+
+
+def answer_all(
+    model: Any, prompts: Sequence[Sequence[int]], *, stop_ids: frozenset[int], sampling: Sampling
+) -> list[list[int]]:
+    """Generate after each of ``prompts`` in one batch; the new ids of each, its stop token included when one came."""
+    return _generate(model, prompts, stop_ids=stop_ids, sampling=sampling, streamer=None)
+
+
+@torch.no_grad()
+def _generate(
+    model: Any, prompts: Sequence[Sequence[int]], *, stop_ids: frozenset[int], sampling: Sampling, streamer: Any
+) -> list[list[int]]:
     torch.manual_seed(sampling.seed)
-    ids = torch.tensor([list(prompt)], device=model.device)
-    pad = next(iter(sorted(stop_ids)), 0)
-    draw = {"temperature": sampling.temperature, "top_p": sampling.top_p} if sampling.temperature else {}
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=sampling.max_new_tokens,
-        do_sample=sampling.temperature > 0,
-        eos_token_id=sorted(stop_ids) or None,
-        pad_token_id=pad,
-        streamer=_Streamer(tokenizer.hf, show) if show else None,
-        **draw,
-    )
-    new: list[int] = out[0, ids.shape[1] :].tolist()
-    return new
+    width = max(map(len, prompts))
+    pad = min(stop_ids, default=0)
+    # Padding goes to the left: every answer then starts in the same column.
+    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    draw = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if sampling.temperature else {}
+    with _no_settings_of_its_own(model):
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=sampling.max_new_tokens,
+            do_sample=sampling.temperature > 0,
+            eos_token_id=sorted(stop_ids) or None,
+            pad_token_id=pad,
+            streamer=streamer,
+            **draw,
+        )
+    return [_until_stop(row, stop_ids) for row in out[:, width:].tolist()]
+
+
+@contextlib.contextmanager
+def _no_settings_of_its_own(model: Any) -> Iterator[None]:
+    """Lay aside what the model's ``generation_config.json`` says: the library would mix a repetition penalty or a
+    top-k of its own into what was asked for. Its stop tokens are among ``stop_ids`` already."""
+    before = model.generation_config
+    model.generation_config = type(before)()
+    try:
+        yield
+    finally:
+        model.generation_config = before
+
+
+def _until_stop(ids: list[int], stop_ids: frozenset[int]) -> list[int]:
+    """Cut the padding after the first stop token."""
+    end = next((i for i, token in enumerate(ids) if token in stop_ids), len(ids))
+    return ids[: end + 1]

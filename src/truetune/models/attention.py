@@ -7,6 +7,7 @@ as ``cu_seq_lens_q``, the keyword that models pass down for variable-length kern
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +22,7 @@ from truetune.models.load import quiet
 from truetune.ops.attention import segment_attention
 
 NAME = "truetune"
+_SIZE_STEP = 64
 
 
 def _attention(
@@ -39,6 +41,7 @@ def _attention(
         scale=kwargs.get("scaling"),
         window=kwargs.get("sliding_window"),
         softcap=kwargs.get("softcap"),
+        dropout=kwargs.get("dropout") or 0.0,
     )
     return out.transpose(1, 2).contiguous(), None
 
@@ -107,16 +110,48 @@ def borders(lengths: list[int] | tuple[int, ...], device: torch.device) -> dict[
 
 def trained_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     """[n, vocab]: the logits at the positions that predict a trained token, and at no other."""
-    device = model.device
-    inputs: dict[str, Any] = {"position_ids": batch.position_ids.to(device)}
-    if batch.lengths is not None:
-        inputs |= borders(batch.lengths, device)
-    else:
-        assert batch.attention_mask is not None
-        # Right padding: attention is causal, so real tokens never see it; positions need no help either.
-        inputs["attention_mask"] = batch.attention_mask.to(device)
-    logits: Tensor = model(
-        input_ids=batch.input_ids.to(device), use_cache=False, logits_to_keep=batch.columns.to(device), **inputs
-    ).logits
-    # Packed, there is one row and its columns are exactly what is wanted: a gather would only cost a scatter backwards.
-    return logits[0] if batch.lengths is not None else logits.flatten(0, 1)[batch.picks.to(device)]
+    return _packed_logits(model, batch) if batch.lengths is not None else _padded_logits(model, batch)
+
+
+def _packed_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    assert batch.lengths is not None
+    ids, positions, lengths, columns = batch.input_ids, batch.position_ids, batch.lengths, batch.columns
+    if spare := _spare(model, ids.shape[1]):
+        filler = torch.arange(spare)[None]
+        ids, positions = torch.cat([ids, filler * 0], dim=1), torch.cat([positions, filler], dim=1)
+        lengths = (*lengths, spare)
+    if spare := _spare(model, len(columns)):
+        columns = torch.cat([columns, columns.new_zeros(spare)])
+    logits = _call(model, ids, columns, position_ids=positions.to(model.device), **borders(lengths, model.device))
+    # There is one row, and its columns are exactly what is wanted: a gather would only cost a scatter backwards.
+    return logits[0, : len(batch.columns)]
+
+
+def _padded_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    assert batch.attention_mask is not None
+    # Right padding: attention is causal, so real tokens never see it; positions need no help either.
+    inputs = {
+        "position_ids": batch.position_ids.to(model.device),
+        "attention_mask": batch.attention_mask.to(model.device),
+    }
+    return _call(model, batch.input_ids, batch.columns, **inputs).flatten(0, 1)[batch.picks.to(model.device)]
+
+
+def _call(model: PreTrainedModel, ids: Tensor, columns: Tensor, **inputs: Any) -> Tensor:
+    """[B, c, vocab]: the logits of these columns."""
+    columns = columns.to(model.device)
+    keeps = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+    if keeps:
+        inputs["logits_to_keep"] = columns
+    logits: Tensor = model(input_ids=ids.to(model.device), use_cache=False, **inputs).logits
+    return logits if keeps else logits[:, columns]
+
+
+def _spare(model: PreTrainedModel, size: int) -> int:
+    """How many places to add so that low-precision products on a CPU come in few sizes.
+
+    oneDNN compiles a kernel for every size it meets, which took longer than the product itself: 3 to 13 ms against 1.
+    The added tokens are a segment of their own and nothing reads them.
+    """
+    low = model.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
+    return -size % _SIZE_STEP if low and model.device.type == "cpu" else 0

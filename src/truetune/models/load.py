@@ -3,60 +3,49 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from truetune.errors import ModelError, nearest
+from truetune.errors import ConfigError, ModelError
+from truetune.models.names import check_config, needs_code, only_local
+from truetune.models.names import is_local as is_local
+from truetune.models.names import model_folder as model_folder
+from truetune.models.weights import check_weights
+from truetune.models.weights import fingerprint as fingerprint
+from truetune.models.weights import weight_hash as weight_hash
 
+DEFAULT_LENGTH = 2048  # tokens of an example, where neither the user nor the model sets a lower limit
 
-def is_local(name: str) -> bool:
-    """Whether a model's name means a folder here: it exists, or it is written like a path."""
-    path = Path(name).expanduser()
-    return path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1 or os.sep != "/"
-
-
-def model_folder(name: str) -> Path:
-    """The folder a local name means.
-
-    Raises:
-        ModelError: it is not there, or holds no model.
-    """
-    path = Path(name).expanduser()
-    if not path.is_dir():
-        siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
-        close = nearest(path.name, siblings)
-        raise ModelError(
-            f"--model: there is no folder {name}",
-            ("did you mean", str(path.parent / close) if close else ""),
-            ("expected", "a folder with config.json and model.safetensors, or a Hub name like org/model"),
-        )
-    if not (path / "config.json").is_file():
-        kind = "an adapter; pass its base as --model and the adapter as --adapter" if _is_adapter(path) else ""
-        raise ModelError(
-            f"--model: {name} holds no model: it has no config.json",
-            ("it is", kind),
-            ("expected", "config.json, model.safetensors and the tokenizer's files"),
-        )
-    return path
-
-
-def _is_adapter(path: Path) -> bool:
-    return (path / "adapter_config.json").is_file()
+# What loading and tokenising share; the library would ask on the terminal whether to run a model's code.
+_NO_CODE = {"trust_remote_code": False}
 
 
 def load_config(name: str, *, revision: str | None = None) -> Any:
-    """The model's config alone; no weights are read."""
-    with _explained(name):
-        folder = str(model_folder(name)) if is_local(name) else name
-        return AutoConfig.from_pretrained(folder, revision=revision, local_files_only=is_local(name))
+    """The model's config alone; no weights are read.
+
+    Raises:
+        ModelError: not found, unreadable, of an unknown architecture, or no causal language model.
+        ConfigError: a revision of a local folder.
+    """
+    folder = name
+    if is_local(name):
+        folder = str(model_folder(name))
+        if revision is not None:
+            raise ConfigError("--revision is for models on the Hub, and --model is a folder here")
+        check_config(Path(folder))
+    with explained(name), quiet():
+        config = AutoConfig.from_pretrained(folder, revision=revision, local_files_only=only_local(name), **_NO_CODE)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(
+            f"--model: {name} is of the kind '{config.model_type}', which is no causal language model",
+            ("expected", "a model that continues text, such as llama, qwen3, mistral or gpt2"),
+        )
+    return config
 
 
 def checkpoint_dtype(config: Any) -> torch.dtype:
@@ -66,24 +55,40 @@ def checkpoint_dtype(config: Any) -> torch.dtype:
 
 
 def load_model(
-    name: str, *, dtype: torch.dtype, device: str = "cpu", revision: str | None = None, config: Any = None
+    name: str,
+    *,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    revision: str | None = None,
+    config: Any = None,
+    warn: Callable[[str], None] | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model for training or inference, in ``eval`` mode.
 
+    Args:
+        warn: told about tensors of the checkpoint that the model has no place for.
     Raises:
         ModelError: not found, unreadable, code needed, or a checkpoint whose tensors do not fit the model.
     """
     config = config if config is not None else load_config(name, revision=revision)
-    with _explained(name), quiet():
+    folder = name
+    if is_local(name):
+        folder = str(model_folder(name))
+        check_weights(Path(folder))
+    with explained(name), quiet():
         model, info = AutoModelForCausalLM.from_pretrained(
-            str(model_folder(name)) if is_local(name) else name,
+            folder,
             config=config,
             revision=revision,
             dtype=dtype,
-            local_files_only=is_local(name),
+            local_files_only=only_local(name),
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, all of them at once and by name
+            **_NO_CODE,
         )
     _check_complete(name, info)
+    if warn and (unused := sorted(map(str, info.get("unexpected_keys", ())))):
+        warn(f"{len(unused)} tensors in {name} are not used, its config.json has no place for them: {_few(unused, 4)}")
     model.to(device)
     model.eval()
     return model
@@ -105,37 +110,61 @@ def skeleton(config: Any, *, dtype: torch.dtype) -> PreTrainedModel:
 
 def _check_complete(name: str, info: Any) -> None:
     missing = sorted(map(str, info.get("missing_keys", ())))
-    mismatched = sorted(str(item[0] if isinstance(item, tuple) else item) for item in info.get("mismatched_keys", ()))
+    mismatched = [item if isinstance(item, tuple) else (item,) for item in info.get("mismatched_keys", ())]
     if missing or mismatched:
-        listing = [f"missing    {key}" for key in missing] + [f"misshaped  {key}" for key in mismatched]
-        more = f"\n… and {len(listing) - 12} more" if len(listing) > 12 else ""
+        listing = [f"missing    {key}" for key in missing]
+        for key, *shapes in sorted(mismatched, key=lambda item: str(item[0])):
+            found, expected = (list(shape) for shape in shapes) if len(shapes) == 2 else ("?", "?")
+            listing.append(f"misshaped  {key}: found {found}, expected {expected}")
         raise ModelError(
             f"--model: the weights in {name} do not fill the model that its config.json describes",
-            ("tensors", "\n".join(listing[:12]) + more),
+            ("tensors", _few(listing, 12, "\n")),
             ("way out", "fetch the checkpoint again, or correct its config.json"),
         )
 
 
+def _few(items: list[str], limit: int, between: str = ", ") -> str:
+    more = [f"… and {len(items) - limit} more"] if len(items) > limit else []
+    return between.join([*items[:limit], *more])
+
+
 @contextlib.contextmanager
-def _explained(name: str) -> Iterator[None]:
+def explained(name: str) -> Iterator[None]:
     """Turn the library's exceptions about a checkpoint into ours."""
     try:
         yield
     except ModelError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        text = " ".join(str(error).split())
-        if "trust_remote_code" in text or "custom code" in text:
-            raise ModelError(
-                f"--model: {name} needs code of its own to be run, and truetune never runs code from a model's folder",
-                ("way out", "use a model whose architecture is part of transformers"),
-            ) from None
-        raise ModelError(f"--model: {name} can't be loaded", ("because", text[:600])) from None
     except Exception as error:
-        # safetensors and tokenizers raise bare Exception subclasses of their own for damaged files.
-        if type(error).__module__.split(".")[0] in ("safetensors", "safetensors_rust", "tokenizers", "builtins"):
-            raise ModelError(f"--model: {name} can't be loaded", ("because", str(error)[:600])) from None
-        raise
+        # Beside Python's own, safetensors, tokenizers and the Hub's client raise exceptions for damaged files.
+        room = type(error).__module__.split(".")[0]
+        if room not in ("builtins", "safetensors", "safetensors_rust", "tokenizers", "huggingface_hub", "httpx"):
+            raise
+        raise _explain(name, " ".join(str(error).split())) from None
+
+
+def _explain(name: str, text: str) -> ModelError:
+    if "trust_remote_code" in text or "custom code" in text:
+        return needs_code(name)
+    if "deserializing header" in text:
+        return ModelError(
+            f"--model: a weight file in {name} is damaged or cut short",
+            ("because", text[:200]),
+            ("way out", "fetch the .safetensors files again; a full disk is a common cause"),
+        )
+    if is_local(name):
+        return ModelError(f"--model: {name} can't be loaded", ("because", text[:400]))
+    if "couldn't connect" in text or "offline mode" in text or "outgoing traffic" in text or "LocalEntry" in text:
+        return ModelError(
+            f"--model: there is no folder {name}, and the Hub can't be asked for it: no connection, or HF_HUB_OFFLINE",
+            ("way out", "the path of a model on this machine, or a connection for the first download"),
+        )
+    if "valid model identifier" in text or "Repository Not Found" in text:
+        return ModelError(
+            f"--model: {name} is neither a folder here nor a model on the Hub",
+            ("way out", "check the spelling; a private or gated model needs `hf auth login` first"),
+        )
+    return ModelError(f"--model: {name} can't be loaded from the Hub", ("because", text[:400]))
 
 
 @contextlib.contextmanager
@@ -156,34 +185,16 @@ def quiet() -> Iterator[None]:
 def local_copy(name: str, *, revision: str | None = None) -> Path:
     """The folder with a model's files: the local one, or the Hub's, fetched into its cache."""
     if is_local(name):
+        if revision is not None:
+            raise ConfigError("--revision is for models on the Hub, and --model is a folder here")
         return model_folder(name)
     from huggingface_hub import snapshot_download
 
-    with _explained(name):
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    with explained(name):
         return Path(
-            snapshot_download(
-                name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-            )
+            snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=only_local(name))
         )
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, in order."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        return [folder / name for name in names]
-    return [folder / "model.safetensors"] if (folder / "model.safetensors").is_file() else []
-
-
-def weight_hash(folder: Path) -> str:
-    """SHA-256 over a model's weight files; ``""`` when it has none in safetensors."""
-    digest = hashlib.sha256()
-    for path in weight_files(folder):
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 22):
-                digest.update(chunk)
-    return digest.hexdigest() if weight_files(folder) else ""
 
 
 def context_length(config: Any) -> int | None:
@@ -193,3 +204,18 @@ def context_length(config: Any) -> int | None:
         if isinstance(value, int) and value > 0:
             return value
     return None
+
+
+def usable_length(config: Any, asked: int | None) -> int:
+    """The longest example to train on: what was asked for, else the model's context, at most ``DEFAULT_LENGTH``.
+
+    Raises:
+        ConfigError: more than the model's context; it would be trained on positions it has never seen, or has none for.
+    """
+    context = context_length(config)
+    if asked and context and asked > context:
+        raise ConfigError(
+            f"--max-length {asked}: the model was made for at most {context:,} tokens (max_position_embeddings)",
+            ("way out", f"--max-length {context}; or raise it in config.json, if the model is known to stand that"),
+        )
+    return asked or min(context or DEFAULT_LENGTH, DEFAULT_LENGTH)

@@ -29,6 +29,24 @@ class Precision:
         return torch.autocast(device, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None)
 
 
+def choose_device(setting: str) -> str:
+    """``cpu`` or ``cuda``; ``auto`` takes CUDA where there is one.
+
+    Raises:
+        ConfigError: cuda on a machine, or with a torch, that has none.
+    """
+    has_cuda = torch.cuda.is_available()
+    if setting == "cuda" and not has_cuda:
+        built = torch.version.cuda is not None
+        raise ConfigError(
+            "--device cuda: there is no CUDA device here"
+            if built
+            else "--device cuda: this torch was built without it",
+            ("way out", "--device cpu, or auto" if built else "--device cpu, or a torch with CUDA from pytorch.org"),
+        )
+    return ("cuda" if has_cuda else "cpu") if setting == "auto" else setting
+
+
 def choose_precision(
     setting: str, checkpoint: torch.dtype, *, device: str, trains_base: bool, cpu_bf16_is_fast: bool | None = None
 ) -> Precision:

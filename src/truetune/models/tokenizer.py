@@ -10,10 +10,13 @@ import jinja2
 from transformers import AutoTokenizer, GenerationConfig
 
 from truetune.errors import ModelError, TemplateError
-from truetune.models.load import is_local, model_folder
+from truetune.models.names import is_local, model_folder, only_local
 
 # Ends of a turn that families use beside, or instead of, the tokenizer's own end token.
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|return|>", "<|call|>")
+
+# One of these is what a tokenizer is read from.
+_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
 
 
 class ChatTokenizer:
@@ -21,12 +24,14 @@ class ChatTokenizer:
 
     def __init__(self, tokenizer: Any, generation_stops: Sequence[int] = ()) -> None:
         self.hf = tokenizer
-        self.own_template: str | None = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
+        own = tokenizer.chat_template
+        # Some tokenizers bring several by name; the one for plain conversations is called default.
+        self.own_template: str | None = own.get("default") if isinstance(own, Mapping) else own
         self.eos_token: str = tokenizer.eos_token or ""
         self.bos_token: str = tokenizer.bos_token if self._adds_bos() else ""
         ends = [tokenizer.convert_tokens_to_ids(t) for t in _TURN_ENDS if self.has_token(t)]
-        own = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-        self.stop_ids = frozenset([*own, *generation_stops, *ends])
+        end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+        self.stop_ids = frozenset([*end, *generation_stops, *ends])
 
     @classmethod
     def load(cls, name: str, *, revision: str | None = None) -> ChatTokenizer:
@@ -36,14 +41,20 @@ class ChatTokenizer:
             ModelError: there is none, or it can't be read.
         """
         source = str(model_folder(name)) if is_local(name) else name
-        options = {"revision": revision, "local_files_only": is_local(name)}
+        options = {"revision": revision, "local_files_only": only_local(name)}
+        if is_local(name) and not any((Path(source) / file).is_file() for file in _FILES):
+            raise ModelError(
+                f"--model: {name} has no tokenizer",
+                ("expected", "tokenizer.json and tokenizer_config.json beside the weights"),
+                ("way out", "copy them from the model this one was made from"),
+            )
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
         except Exception as error:  # the library raises whatever its parsers raise
             raise ModelError(
-                f"--model: {name} has no tokenizer that can be loaded",
-                ("because", " ".join(str(error).split())[:400]),
-                ("expected", "tokenizer.json and tokenizer_config.json beside the weights"),
+                f"--model: the tokenizer of {name} can't be loaded",
+                ("because", " ".join(str(error).split())[:400] or type(error).__name__),
+                ("way out", "fetch tokenizer.json and tokenizer_config.json again"),
             ) from None
         return cls(tokenizer, _generation_stops(source, options))
 

@@ -6,12 +6,13 @@ the step was cut into micro-batches.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 
 def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
-    """Computes ``F.cross_entropy(logits.float(), targets, reduction="sum")``.
+    """Computes ``F.cross_entropy(logits.float(), targets, reduction="sum")``; float64 stays what it is.
 
     Args:
         logits: [n, vocab], any floating dtype; the softmax is taken in float32.
@@ -19,4 +20,5 @@ def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
     Returns:
         A float32 scalar; 0 with a gradient of zeros when n = 0.
     """
-    return F.cross_entropy(logits.float(), targets, reduction="sum")
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return F.cross_entropy(logits.to(wide), targets, reduction="sum")

@@ -35,5 +35,6 @@ class Schedule:
 
 def warmup_steps(setting: float, total: int) -> int:
     """A share of all steps (rounded up) below 1, a number of steps from 1 on; never the whole run."""
-    steps = math.ceil(setting * total) if setting < 1 else int(setting)
+    # 0.07 * 100 is 7.000000000000001: a rounding error is no eighth step.
+    steps = math.ceil(round(setting * total, 6)) if setting < 1 else int(setting)
     return min(steps, max(0, total - 1))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,9 @@ from truetune.errors import DataError
 from truetune.models.tokenizer import ChatTokenizer
 from truetune.train.log import Screen
 
+Encode = Callable[[Sequence[Row]], tuple[TokenSet, list[Reject]]]
+Limit = Callable[[TokenSet], tuple[TokenSet, list[Reject]]]
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -39,10 +43,19 @@ class Prepared:
     @property
     def digest(self) -> str:
         """SHA-256 of the tokens and flags that are trained on: what a resumed run must find again."""
-        digest = hashlib.sha256()
-        for tensor in (self.train.tokens, self.train.trained, self.train.offsets):
-            digest.update(tensor.numpy().tobytes())
-        return digest.hexdigest()
+        return _digest(self.train)
+
+    @property
+    def held_out_digest(self) -> str | None:
+        """The same of the held-out rows: which state is the best depends on them."""
+        return _digest(self.held_out) if self.held_out else None
+
+
+def _digest(examples: TokenSet) -> str:
+    digest = hashlib.sha256()
+    for tensor in (examples.tokens, examples.trained, examples.offsets):
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def prepare_sft(config: SFTConfig, tokenizer: ChatTokenizer, *, max_length: int, screen: Screen) -> Prepared:
@@ -51,61 +64,94 @@ def prepare_sft(config: SFTConfig, tokenizer: ChatTokenizer, *, max_length: int,
     Raises:
         DataError, TemplateError: naming file and row.
     """
-    rows, rejects, read = _read(config, config.data, config.format)
-    _say_duplicates(rows, screen)
-    train_rows, held_rows = _held_out(config, config.format, rows)
-    needs_template = any(row.messages for row in [*rows, *held_rows])
+    source, held = _sources(config, config.format, screen)
+    needs_template = any(row.messages for row in [*source.rows, *held.rows])
     template = resolve_template(config.template, tokenizer) if needs_template else None
-
-    def encode(some: Sequence[Row], total: int) -> tuple[TokenSet, list[Reject]]:
-        examples, unusable = encode_rows(some, template, tokenizer, train_on=config.train_on, system=config.system)
-        rejected.raise_if_too_many([*rejects, *unusable], total, max_bad_rows=config.max_bad_rows)
-        examples, long = limit_lengths(examples, max_length, config.on_overlong, screen.warn)
-        return examples, [*unusable, *long]
-
-    train, bad = encode(train_rows, read)
-    held_out, held_bad = encode(held_rows, read) if held_rows else (None, [])
-    rejects += [*bad, *(held_bad if config.val_split else [])]
-    return _finish(config, read, train, held_out, template, rejects, tokenizer)
+    encode = functools.partial(
+        encode_rows, template=template, encoder=tokenizer, train_on=config.train_on, system=config.system
+    )
+    limit = functools.partial(limit_lengths, max_length=max_length, policy=config.on_overlong, say=screen.warn)
+    return _tokenise(config, source, held, encode, limit, template)
 
 
 def prepare_pretrain(config: PretrainConfig, tokenizer: ChatTokenizer, *, max_length: int, screen: Screen) -> Prepared:
     """Read raw text, tokenise it and cut it into blocks of ``max_length``."""
-    rows, rejects, read = _read(config, config.data, "text")
-    rejected.raise_if_too_many(rejects, read, max_bad_rows=config.max_bad_rows)
-    _say_duplicates(rows, screen)
-    train_rows, held_rows = _held_out(config, "text", rows)
-    train, bad = encode_rows(train_rows, None, tokenizer, train_on="all")
-    held = encode_rows(held_rows, None, tokenizer, train_on="all")[0] if held_rows else None
-    rejects += bad
-    prepared = _finish(config, read, train, held, None, rejects, tokenizer)
-    blocks = cut_into_blocks(train, max_length)
-    held_blocks = cut_into_blocks(held, max_length) if held else None
-    prepared.report.update(trained_tokens=blocks.trained_count(), max_length_seen=int(blocks.lengths.max()))
-    return Prepared(blocks, held_blocks, None, rejects, prepared.report)
+    source, held = _sources(config, "text", screen)
+    encode = functools.partial(encode_rows, template=None, encoder=tokenizer, train_on="all")
+    whole = _tokenise(config, source, held, encode, lambda examples: (examples, []), None)
+    blocks = cut_into_blocks(whole.train, max_length)
+    held_blocks = cut_into_blocks(whole.held_out, max_length) if whole.held_out else None
+    whole.report.update(trained_tokens=blocks.trained_count(), max_length_seen=int(blocks.lengths.max()))
+    return Prepared(blocks, held_blocks, None, whole.rejects, whole.report)
 
 
-def _read(config: TrainConfig, paths: Sequence[str], form: str) -> tuple[list[Row], list[Reject], int]:
-    raw, unreadable = read_rows(paths)
-    rows, misfits = parse_rows(raw, form) if raw else ([], [])
-    read = len(raw) + len(unreadable)
-    rejects = [*unreadable, *misfits]
-    rejected.raise_if_too_many(rejects, read, max_bad_rows=config.max_bad_rows)
-    return rows, rejects, read
+@dataclass(frozen=True)
+class _Source:
+    """Rows that were understood, those that were not, and how many there were."""
+
+    rows: list[Row]
+    rejects: list[Reject]
+    read: int
 
 
-def _held_out(config: TrainConfig, form: str, rows: list[Row]) -> tuple[list[Row], list[Row]]:
+def _sources(config: TrainConfig, form: str, screen: Screen) -> tuple[_Source, _Source]:
+    """``(to train on, held out)``; rows held out by ``--val-split`` were read, and are counted, with the first."""
+    source = _read(config, config.data, form)
+    _say_duplicates(source.rows, screen)
     if config.val_data:
-        if config.val_split:
-            raise DataError("--val-split and --val-data are both given", ("way out", "keep one of the two"))
-        return rows, _read(config, config.val_data, form)[0]
-    train, held = split(rows, config.val_split) if config.val_split else (rows, [])
-    if config.val_split and not (train and held):
+        return source, _read(config, config.val_data, form)
+    if not config.val_split:
+        return source, _Source([], [], 0)
+    train, held = split(source.rows, config.val_split)
+    if not (train and held):
         raise DataError(
-            f"--val-split {config.val_split}: of {len(rows)} rows, {len(train)} are left to train on, {len(held)} held out",
+            f"--val-split {config.val_split:g}: of {len(source.rows)} rows, {len(train)} would be trained on and "
+            f"{len(held)} held out",
             ("way out", "a larger share, more rows, or --val-data FILE"),
         )
-    return train, held
+    return _Source(train, source.rejects, source.read), _Source(held, [], 0)
+
+
+def _read(config: TrainConfig, paths: Sequence[str], form: str) -> _Source:
+    raw, unreadable = read_rows(paths)
+    rows, misfits = parse_rows(raw, form) if raw else ([], [])
+    rejects, read = [*unreadable, *misfits], len(raw) + len(unreadable)
+    rejected.raise_if_too_many(rejects, read, max_bad_rows=config.max_bad_rows)
+    return _Source(rows, rejects, read)
+
+
+def _tokenise(
+    config: TrainConfig, source: _Source, held: _Source, encode: Encode, limit: Limit, template: Template | None
+) -> Prepared:
+    train, bad = encode(source.rows)
+    held_out, held_bad = encode(held.rows) if held.rows else (None, [])
+    both, apart = ([*bad, *held_bad], []) if config.val_split else (bad, held_bad)
+    rejected.raise_if_too_many([*source.rejects, *both], source.read, max_bad_rows=config.max_bad_rows)
+    rejected.raise_if_too_many([*held.rejects, *apart], held.read, max_bad_rows=config.max_bad_rows)
+    train, long = limit(train)
+    held_out, held_long = limit(held_out) if held_out else (None, [])
+    rejects, held_rejects = [*source.rejects, *bad, *long], [*held.rejects, *held_bad, *held_long]
+    if not train.trained_count() or (held.rows and not held_out):
+        emptied, why = (
+            (config.val_data or config.data, held_rejects) if train.trained_count() else (config.data, rejects)
+        )
+        raise DataError(
+            f"no row of {', '.join(emptied)} is left to {'hold out' if train.trained_count() else 'train on'}",
+            ("left out", "\n".join(f"{r.origin}: {r.detail}" for r in why[:8])),
+        )
+    report = {
+        "read": source.read,
+        "used": len(train) + (len(held_out) if held_out and config.val_split else 0),
+        "rejected": rejected.counts([*rejects, *held_rejects] if config.val_split else rejects),
+        "tokens": len(train.tokens),
+        "trained_tokens": train.trained_count(),
+        "max_length_seen": int(train.lengths.max()),
+        "held_out": None,
+    }
+    if held_out:
+        report["held_out"] = {"rows": len(held_out), "tokens": len(held_out.tokens),
+                              "rejected": rejected.counts(held_rejects)}  # fmt: skip
+    return Prepared(train, held_out, template, [*rejects, *held_rejects], report)
 
 
 def _say_duplicates(rows: Sequence[Row], screen: Screen) -> None:
@@ -113,29 +159,3 @@ def _say_duplicates(rows: Sequence[Row], screen: Screen) -> None:
         named = "; ".join(f"{row} repeats row {first.row}" for row, first in repeats[:3])
         more = f"; … {len(repeats) - 3} more" if len(repeats) > 3 else ""
         screen.warn(f"{len(repeats)} rows say what another row says already: {named}{more}")
-
-
-def _finish(
-    config: TrainConfig,
-    read: int,
-    train: TokenSet,
-    held_out: TokenSet | None,
-    template: Template | None,
-    rejects: list[Reject],
-    tokenizer: ChatTokenizer,
-) -> Prepared:
-    if not train.trained_count():
-        raise DataError(
-            f"no row of {', '.join(config.data)} is left to train on",
-            ("rejected", ", ".join(f"{n} {reason}" for reason, n in rejected.counts(rejects).items())),
-        )
-    report = {
-        "read": read,
-        "used": len(train) + (len(held_out) if held_out and config.val_split else 0),
-        "rejected": rejected.counts(rejects),
-        "tokens": len(train.tokens),
-        "trained_tokens": train.trained_count(),
-        "max_length_seen": int(train.lengths.max()),
-        "held_out": {"rows": len(held_out), "tokens": len(held_out.tokens)} if held_out else None,
-    }
-    return Prepared(train, held_out, template, rejects, report)

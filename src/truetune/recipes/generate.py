@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from truetune.adapters import files
 from truetune.config.generate import GenerateConfig
 from truetune.config.resolve import Resolved
 from truetune.data.schema import Message
 from truetune.data.template import Template, resolve_template
+from truetune.errors import ConfigError, ModelError
 from truetune.generate.answer import Sampling, answer
 from truetune.models import load
-from truetune.models.precision import choose_precision
+from truetune.models.precision import choose_device, choose_precision
 from truetune.models.tokenizer import ChatTokenizer
 from truetune.recipes.adapter import check_base
 from truetune.train.log import Screen
@@ -49,6 +49,7 @@ def run(resolved: Resolved[GenerateConfig]) -> dict[str, Any]:
     speaker = load_speaker(config, screen)
     prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
     ids = speaker.prompt_ids(prompt, config.system)
+    _check_prompt(ids, speaker)
     sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.seed)
     began = time.perf_counter()
 
@@ -67,13 +68,28 @@ def run(resolved: Resolved[GenerateConfig]) -> dict[str, Any]:
             "tok_s": round(len(new) / seconds, 2)}  # fmt: skip
 
 
+def _check_prompt(ids: Sequence[int], speaker: Speaker) -> None:
+    """What the model could not take in would end in the middle of its arithmetic."""
+    context, vocabulary = load.context_length(speaker.model.config), speaker.model.get_input_embeddings().num_embeddings
+    if not ids:
+        raise ConfigError("--prompt is empty, and this model starts a text with no token of its own")
+    if context and len(ids) >= context:
+        raise ConfigError(f"--prompt: {len(ids):,} tokens, and the model was made for at most {context:,}")
+    if (highest := max(ids)) >= vocabulary:
+        text = speaker.tokenizer.decode([highest])
+        raise ModelError(
+            f"--model: its tokenizer gives token {highest} ({text!r}), and its vocabulary ends at {vocabulary - 1}",
+            ("way out", "the tokenizer that belongs to these weights, or another --template"),
+        )
+
+
 def load_speaker(config: GenerateConfig, screen: Screen) -> Speaker:
     """Load what the config names, adapter and template included.
 
     Raises:
         ModelError, AdapterError, TemplateError: what does not fit, and the way out.
     """
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    device = choose_device(config.device)
     model_config = load.load_config(config.model, revision=config.revision)
     tokenizer = ChatTokenizer.load(config.model, revision=config.revision)
     file = files.read(Path(config.adapter).expanduser()) if config.adapter else None
@@ -83,8 +99,9 @@ def load_speaker(config: GenerateConfig, screen: Screen) -> Speaker:
     template = _template(config.template, card, tokenizer, screen)
     precision = choose_precision(config.dtype, load.checkpoint_dtype(model_config), device=device, trains_base=False)
     model = load.load_model(
-        config.model, dtype=precision.storage, device=device, revision=config.revision, config=model_config
-    )
+        config.model, dtype=precision.storage, device=device, revision=config.revision, config=model_config,
+        warn=screen.warn,
+    )  # fmt: skip
     if file is not None:
         files.load(model, file)
         model.eval()

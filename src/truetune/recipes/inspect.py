@@ -18,9 +18,10 @@ from truetune.data.duplicates import duplicates
 from truetune.data.formats import detect, parse_rows
 from truetune.data.read import read_rows
 from truetune.data.rejects import counts
+from truetune.data.sources import suffix_of
 from truetune.errors import DataError, nearest
 from truetune.models import load
-from truetune.recipes.run_folder import read_settings
+from truetune.recipes.resume import read_settings
 
 
 def run(resolved: Resolved[InspectConfig]) -> dict[str, Any]:
@@ -44,9 +45,20 @@ def describe(path: Path) -> dict[str, Any]:
         ):  # fmt: skip
             if (path / marker).is_file():
                 return look(path)
+        if not find_data(path):
+            raise DataError(
+                f"{path} is nothing that truetune knows",
+                ("it has", ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "no file at all"),
+                ("expected", "the folder of a model, an adapter, a checkpoint or a run, or a file or folder of rows"),
+            )
     if path.is_file() and path.suffix == ".safetensors":
-        return _model(path.parent)
+        return describe(path.parent)
     return _data(path)
+
+
+def find_data(folder: Path) -> list[Path]:
+    """The files of rows right inside a folder."""
+    return [path for path in folder.iterdir() if path.is_file() and suffix_of(path.name)]
 
 
 def _model(path: Path) -> dict[str, Any]:
@@ -82,7 +94,7 @@ def _adapter(path: Path) -> dict[str, Any]:
         "rank": lora.rank,
         "alpha": lora.alpha,
         "targets": list(lora.targets),
-        "trainable": list(lora.trainable),
+        "trainable": [*lora.trainable, *(file.config.get("modules_to_save") or ())],
         "tensors": len(file.tensors),
         "parameters": sum(t.numel() for t in file.tensors.values()),
         "size_mb": round(sum(t.numel() * t.element_size() for t in file.tensors.values()) / 1e6, 2),
@@ -130,8 +142,8 @@ def _run(path: Path) -> dict[str, Any]:
 
 def _data(path: Path) -> dict[str, Any]:
     raw, unreadable = read_rows([str(path)])
-    form = detect(raw)
-    rows, misfits = parse_rows(raw, "auto")
+    form = detect(raw) if raw else "none: no row can be read"
+    rows, misfits = parse_rows(raw, "auto") if raw else ([], [])
     roles = Counter(message.role for row in rows for message in row.messages)
     return {
         "kind": "data",

@@ -10,6 +10,7 @@ from truetune.adapters import files
 from truetune.checkpoint.tensors import open_index
 from truetune.config.merge import MergeConfig
 from truetune.config.resolve import Resolved
+from truetune.errors import ModelError
 from truetune.export.fold import fold
 from truetune.export.merge import merge_checkpoint
 from truetune.models import load
@@ -56,10 +57,22 @@ def _extra_files(base: Path, file: files.AdapterFile) -> dict[str, bytes | Path]
     template = file.card.get("template")
     if template and template["name"] != "own":
         extra["chat_template.jinja"] = template["source"].encode()
-    path = base / "generation_config.json"
-    generation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    generation = _generation(base)
     known = generation.get("eos_token_id")
     known = known if isinstance(known, list) else [known] if known is not None else []
     if new := [stop for stop in file.card.get("stop_ids", ()) if stop not in known]:
         extra["generation_config.json"] = json.dumps(generation | {"eos_token_id": [*known, *new]}, indent=2).encode()
     return extra
+
+
+def _generation(base: Path) -> dict[str, Any]:
+    """The base's generation settings; where it has none, what transformers would take from its config."""
+    for name in ("generation_config.json", "config.json"):
+        if (base / name).is_file():
+            try:
+                found: dict[str, Any] = json.loads((base / name).read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ModelError(f"{base / name}: not valid JSON: {error}") from None
+            special = ("bos_token_id", "eos_token_id", "pad_token_id")
+            return found if name == "generation_config.json" else {k: found[k] for k in special if k in found}
+    return {}

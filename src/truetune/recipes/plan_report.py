@@ -6,13 +6,14 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from truetune.adapters.inject import attach
+from truetune.checkpoint.atomic import write_text
 from truetune.data.pack import group
 from truetune.data.plan import StepPlan
-from truetune.errors import NonFiniteError
+from truetune.errors import ModelError, NonFiniteError
 from truetune.models import load
 from truetune.models.precision import name_of
 from truetune.ops.probe import gemm_rate
-from truetune.train.estimate import count_parameters, estimate_memory, flops_per_token
+from truetune.train.estimate import count_parameters, estimate_memory, flops_per_token, text_shape
 from truetune.train.log import Screen
 from truetune.train.memory import available_mb
 from truetune.train.step import NonFiniteStepError
@@ -28,8 +29,10 @@ def outline(setup: Setup, screen: Screen) -> dict[str, Any]:
     """Print what will be trained on what, and return it. Targets are resolved on an empty model, so that a typo
     costs no loading."""
     config, prepared = setup.config, setup.prepared
+    _check_vocabulary(setup)
     _say_data(setup, screen)
     model = load.skeleton(setup.model_config, dtype=setup.precision.storage)
+    base, _ = count_parameters(model)
     sites = attach(model, config.lora(), seed=config.seed).sites if config.method == "lora" else ()
     if config.method == "full":
         model.requires_grad_(True)
@@ -37,11 +40,11 @@ def outline(setup: Setup, screen: Screen) -> dict[str, Any]:
     storage = setup.precision.storage
     screen.say(
         "model",
-        f"{config.model}  {everything / 1e6:,.1f} M, {name_of(storage)} ({setup.precision.reason})"
+        f"{config.model}  {_count(base)}, {name_of(storage)} ({setup.precision.reason})"
         + (f", products in {name_of(setup.precision.autocast)}" if setup.precision.autocast else ""),
     )
     how = f"r {config.rank}, alpha {config.alpha:g} on {len(sites)} layers" if sites else "every weight"
-    screen.say("method", f"{config.method}  {how} · {trained / 1e6:,.2f} M trained ({trained / everything:.1%})")
+    screen.say("method", f"{config.method}  {how} · {_count(trained)} trained ({trained / base:.1%})")
     plan = StepPlan.build(
         prepared.train, batch_size=config.batch_size, micro_tokens=default_micro_tokens(setup), seed=config.seed,
         packing=config.packing is not False, epochs=config.epochs, max_steps=config.max_steps,
@@ -68,12 +71,32 @@ def outline(setup: Setup, screen: Screen) -> dict[str, Any]:
         "examples": plan.total,
         "tokens": prepared.report["tokens"],
         "trained_tokens": prepared.report["trained_tokens"],
-        "parameters": everything,
+        "rows": {name: prepared.report[name] for name in ("read", "used", "rejected")},
+        "parameters": base,
         "trainable_parameters": trained,
         "memory_mb": {"weights": round(estimate.weights), "trained": round(estimate.trained),
                       "activations": round(estimate.activations), "peak": round(estimate.total)},
         "seconds": round(seconds, 1),
     }  # fmt: skip
+
+
+def _check_vocabulary(setup: Setup) -> None:
+    """A token that the model has no row for would end the run in the middle of a step."""
+    size = text_shape(setup.model_config)["vocab"]
+    sets = [found for found in (setup.prepared.train, setup.prepared.held_out) if found]
+    highest = max(int(found.tokens.max()) for found in sets)
+    if highest >= size:
+        raise ModelError(
+            f"--model: its tokenizer gives token {highest} ({setup.tokenizer.decode([highest])!r}), and the model's "
+            f"vocabulary ends at {size - 1}",
+            ("likely", "tokens were added to the tokenizer, and the embedding table was not made larger"),
+            ("way out", "a --template without them, or the tokenizer that belongs to these weights"),
+        )
+
+
+def _count(parameters: int) -> str:
+    """``596.0 M``; thousands below a million, for the small models of a test or a lesson."""
+    return f"{parameters / 1e6:,.1f} M" if parameters >= 1e6 else f"{parameters / 1e3:,.1f} K"
 
 
 def default_micro_tokens(setup: Setup) -> int:
@@ -96,7 +119,7 @@ def fill(plan: StepPlan) -> float:
 
 
 def explain_non_finite(error: NonFiniteStepError, setup: Setup) -> NonFiniteError:
-    """Name the rows, and write them out so that they can be looked at."""
+    """Name the step and the rows, and write these out so that they can be looked at."""
     origins = [setup.prepared.train.origins[i] for i in error.examples]
     path = setup.folder.path / "data" / "nonfinite.jsonl"
     texts = [setup.tokenizer.decode(setup.prepared.train.example(i)[0].tolist()) for i in error.examples]
@@ -104,20 +127,16 @@ def explain_non_finite(error: NonFiniteStepError, setup: Setup) -> NonFiniteErro
         json.dumps({"file": o.file, "row": o.row, "text": t}, ensure_ascii=False)
         for o, t in zip(origins, texts, strict=True)
     ]
-    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    logged = _last_step(setup) + 1
+    if rows:
+        write_text(path, "\n".join(rows) + "\n")
     named = "\n".join(map(str, origins[:8])) + (f"\n… and {len(origins) - 8} more" if len(origins) > 8 else "")
     return NonFiniteError(
-        f"step {logged}: {error.message}; the weights are as they were before this step",
+        f"step {error.step}: {error.message}" if error.step else f"before training: {error.message}",
         ("rows", named),
-        ("written", f"{path}"),
-        ("way out", "a lower --lr, a longer --warmup, --clip 1, or mend the rows; then --resume auto"),
+        ("written", f"{path}" if rows else ""),
+        ("kept", "every checkpoint that was complete before is still there"),
+        ("way out", "a lower --lr, a longer --warmup, --clip 1, or mend the rows; then start again in another --out"),
     )
-
-
-def _last_step(setup: Setup) -> int:
-    lines = setup.folder.log.read_text(encoding="utf-8").splitlines() if setup.folder.log.exists() else []
-    return max((json.loads(line)["step"] for line in lines), default=0)
 
 
 def _say_data(setup: Setup, screen: Screen) -> None:

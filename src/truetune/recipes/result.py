@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import safetensors
-import torch
-import transformers
-
 import truetune
 from truetune.checkpoint.atomic import atomic_folder, sha256, write_text
-from truetune.checkpoint.run_state import Progress, write_trained
+from truetune.checkpoint.run_state import Progress, read_progress, write_trained
 from truetune.data.sources import find_files
 from truetune.eval.perplexity import Evaluation
 from truetune.models import load
+from truetune.recipes import run_report
 from truetune.train.log import Screen
 from truetune.train.memory import peak_mb
 
@@ -37,31 +35,59 @@ def finish(
         where = out / "adapter"
     else:
         where = _write_model(setup, model, out / "model", card)
-    losses = _losses(setup.folder.log)
-    plot(losses, out / "loss.png")
-    write_text(out / "report.md", report(setup, card, losses, where))
-    last = losses["train"][-1][1] if losses["train"] else math.nan
+    losses = run_report.read_losses(setup.folder.log)
+    run_report.plot(losses, out / "loss.png")
+    write_text(out / "report.md", run_report.report(setup, card, losses, where))
+    result = _summary(setup, card, where, seconds=seconds)
     held = (
         f" · held-out loss {progress.first_loss:.4f} → {evaluation.loss:.4f}"
-        if evaluation and progress.first_loss
+        if evaluation and progress.first_loss is not None
         else ""
     )
-    screen.say("done", f"{progress.step} steps in {seconds:.0f} s · loss {last:.4f}{held}")
+    screen.say("done", f"{progress.step} steps in {seconds:.0f} s · loss {result['loss']:.4f}{held}")
     if progress.best_step not in (None, progress.step) and setup.config.select == "last":
         screen.note(f"step {progress.best_step} had the lowest held-out loss; it is kept in {out}/checkpoints")
     screen.note(f"result: {where} · report: {out}/report.md")
+    return result
+
+
+def finished(setup: Setup, *, steps: int) -> dict[str, Any] | None:
+    """What ``finish`` returned, when the run resumed has nothing left to do and its result is there; else None."""
+    checkpoint, out = setup.folder.checkpoint, setup.folder.path
+    where = out / ("adapter" if setup.config.method == "lora" else "model")
+    if checkpoint is None or not (out / "report.md").is_file() or not (where / "truetune.json").is_file():
+        return None
+    progress = read_progress(checkpoint)
+    card = json.loads((where / "truetune.json").read_text(encoding="utf-8"))
+    metrics = card["metrics"]
+    wanted = (steps, steps, _selected(setup, progress))
+    if (progress.step, metrics["steps"], metrics.get("selected_step")) != wanted:
+        return None
+    return _summary(setup, card, where, seconds=0.0)
+
+
+def _selected(setup: Setup, progress: Progress) -> int:
+    """The step whose tensors become the result."""
+    best = progress.best_step if setup.config.select == "best" else None
+    return progress.step if best is None else best
+
+
+def _summary(setup: Setup, card: dict[str, Any], where: Path, *, seconds: float) -> dict[str, Any]:
+    metrics, out = card["metrics"], setup.folder.path
+    losses = run_report.read_losses(setup.folder.log)["train"]
     return {
         "out": str(out),
         "result": str(where),
-        "steps": progress.step,
-        "tokens": progress.tokens,
-        "trained_tokens": progress.trained_tokens,
-        "loss": last,
-        "val_loss_before": progress.first_loss,
-        "val_loss": evaluation.loss if evaluation else None,
-        "val_accuracy": evaluation.accuracy if evaluation else None,
-        "best_step": progress.best_step,
+        "steps": metrics["steps"],
+        "tokens": metrics["tokens"],
+        "trained_tokens": metrics["trained_tokens"],
+        "loss": losses[-1][1] if losses else math.nan,
+        "val_loss_before": metrics["held_out_loss_before"],
+        "val_loss": metrics["held_out_loss"],
+        "val_accuracy": metrics["held_out_accuracy"],
+        "best_step": metrics["best_step"],
         "peak_mb": round(peak_mb(), 1),
+        "tok_s": run_report.speed(setup.folder.log),
         "seconds": round(seconds, 2),
     }
 
@@ -85,6 +111,8 @@ def make_card(setup: Setup, progress: Progress, evaluation: Evaluation | None) -
         "data": {"files": {f: sha256(Path(f)) for f in find_files(config.data)}, **setup.prepared.report},
         "metrics": {
             "steps": progress.step,
+            "selected_step": _selected(setup, progress),
+            "best_step": progress.best_step,
             "tokens": progress.tokens,
             "trained_tokens": progress.trained_tokens,
             "held_out_loss_before": progress.first_loss,
@@ -94,67 +122,9 @@ def make_card(setup: Setup, progress: Progress, evaluation: Evaluation | None) -
         "facts": dict(setup.facts),
         "versions": {
             "truetune": truetune.__version__,
-            "torch": str(torch.__version__),
-            "transformers": transformers.__version__,
-            "safetensors": safetensors.__version__,
+            **{name: version(name) for name in ("torch", "transformers", "safetensors")},
         },
     }
-
-
-def report(setup: Setup, card: dict[str, Any], losses: dict[str, list[tuple[int, float]]], where: Path) -> str:
-    """``report.md``: what was trained on what, before and after, and how to use it."""
-    config, data, metrics = setup.config, setup.prepared.report, card["metrics"]
-    rejected = ", ".join(f"{n} {reason}" for reason, n in data["rejected"].items()) or "none"
-    lines = [
-        f"# {where.parent.name}",
-        "",
-        f"- base: `{config.model}`"
-        + (f", weights {card['base']['weights_sha256'][:12]}" if card["base"]["weights_sha256"] else ""),
-        f"- method: {config.method}"
-        + (f", r {config.rank}, alpha {config.alpha:g}" if config.method == "lora" else ""),
-        f"- data: {', '.join(config.data)}; {data['read']:,} rows read, {data['used']:,} used, rejected: {rejected}",
-        f"- tokens: {data['tokens']:,} in the data, {data['trained_tokens']:,} of them trained",
-        f"- template: {card['template']['name'] if card['template'] else 'none (plain text)'}",
-        f"- steps: {metrics['steps']:,}; {metrics['tokens']:,} tokens seen, padding not counted",
-        "",
-        "| | before | after |",
-        "|---|---|---|",
-        f"| training loss | {_at(losses['train'], 0)} | {_at(losses['train'], -1)} |",
-        f"| held-out loss | {_number(metrics['held_out_loss_before'])} | {_number(metrics['held_out_loss'])} |",
-        "",
-        "How to use it:",
-        "",
-        "```",
-    ]
-    if config.method == "lora":
-        lines += [
-            f"truetune generate --model {config.model} --adapter {where} --prompt '…'",
-            f"truetune merge --model {config.model} --adapter {where} --out merged",
-        ]
-    else:
-        lines.append(f"truetune generate --model {where} --prompt '…'")
-    return "\n".join([*lines, "```", ""])
-
-
-def plot(losses: dict[str, list[tuple[int, float]]], path: Path) -> None:
-    """Training and held-out curves as a picture, where matplotlib is installed (the ``plot`` extra)."""
-    try:
-        import matplotlib
-    except ImportError:
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
-    for name, points in losses.items():
-        if points:
-            axes.plot(*zip(*points, strict=True), label=name, marker="o" if len(points) < 30 else None)
-    axes.set(xlabel="step", ylabel="loss (nats per trained token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path)
-    pyplot.close(figure)
 
 
 def _write_model(setup: Setup, model: Any, path: Path, card: dict[str, Any]) -> Path:
@@ -176,19 +146,3 @@ def _lift(inner: Path, outer: Path) -> None:
 def _base_name(setup: Setup) -> str:
     name = setup.config.model
     return str(Path(name).expanduser().resolve()) if load.is_local(name) else name
-
-
-def _losses(log: Path) -> dict[str, list[tuple[int, float]]]:
-    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    return {
-        "train": [(row["step"], row["loss"]) for row in rows if "loss" in row],
-        "held out": [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row],
-    }
-
-
-def _at(points: list[tuple[int, float]], index: int) -> str:
-    return _number(points[index][1]) if points else "–"
-
-
-def _number(value: float | None) -> str:
-    return f"{value:.4f}" if value is not None else "–"

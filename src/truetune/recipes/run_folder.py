@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from truetune.checkpoint import run_state
 from truetune.checkpoint.atomic import write_text, writing
 from truetune.config.resolve import Resolved
 from truetune.config.sft import TrainConfig
 from truetune.errors import CheckpointError, OutputError
+from truetune.recipes.resume import check_settings
 from truetune.train.log import Screen
 
-# Settings that may differ between a run and its resumption, because they do not change what is computed.
-_FREE = {"out", "resume", "keep", "save_every", "eval_every", "log_every", "dry_run", "select", "device"}
+_LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,9 @@ def open_run(resolved: Resolved[Any], screen: Screen) -> RunFolder:
     config: TrainConfig = resolved.config
     path = Path(config.out).expanduser()
     _check_writable(path)
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return RunFolder(path, _given(config))
+    given = _given(config)
+    if _is_empty(path):
+        return RunFolder(path, given)
     if not (path / "run.yaml").is_file():
         raise OutputError(
             f"--out: {config.out} is no run of truetune, and it is not empty",
@@ -56,9 +58,9 @@ def open_run(resolved: Resolved[Any], screen: Screen) -> RunFolder:
             f"--out: {config.out} holds another run already",
             ("way out", f"--resume auto goes on with it; --out {_free_name(path)} starts a new one beside it"),
         )
-    _check_same_run(path, config)
-    if config.resume != "auto":
-        return RunFolder(path, _given(config))
+    check_settings(path, config)
+    if given is not None:
+        return RunFolder(path, given)
     checkpoint, damaged = run_state.newest(path)
     for folder in damaged:
         screen.warn(f"{folder} is not complete and is passed over")
@@ -67,27 +69,47 @@ def open_run(resolved: Resolved[Any], screen: Screen) -> RunFolder:
     return RunFolder(path, checkpoint)
 
 
-def start(folder: RunFolder, resolved: Resolved[Any]) -> None:
-    """Create the folder and write ``run.yaml``."""
-    with writing(folder.path):
-        (folder.path / "data").mkdir(parents=True, exist_ok=True)
-    write_text(folder.path / "run.yaml", resolved.to_yaml())
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """The settings a run was started with, from its ``run.yaml``.
+@contextlib.contextmanager
+def locked(folder: RunFolder) -> Iterator[None]:
+    """Hold the folder against a second process that would go on with the same run at the same time.
 
     Raises:
-        CheckpointError: the file is damaged.
+        OutputError: another process is at work there.
     """
     try:
-        groups = yaml.safe_load((path / "run.yaml").read_text(encoding="utf-8"))
-        return {key: value for group in groups.values() for key, value in group.items()}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError):
-        raise CheckpointError(
-            f"{path / 'run.yaml'} can't be read, so the run in this folder can't be told",
-            ("way out", "choose another --out; its checkpoints can be named with --resume DIR"),
-        ) from None
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with writing(folder.path):
+        folder.path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder.path / _LOCK, os.O_CREAT | os.O_RDWR)
+    try:
+        # Network disks may know no locks; that is no reason not to train.
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OutputError(
+                    f"--out: another process is training in {folder.path}",
+                    ("way out", f"wait for it or stop it; --out {_free_name(folder.path)} starts a run beside it"),
+                ) from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def start(folder: RunFolder, resolved: Resolved[Any]) -> None:
+    """Create the folder and write ``run.yaml``."""
+    for left in (*folder.path.glob(".*.tmp-*"), *folder.path.glob("data/.*.tmp-*")):  # by a run that was killed
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+    # First of all files: without it, a folder is not known as a run's.
+    write_text(folder.path / "run.yaml", resolved.to_yaml())
+    with writing(folder.path):
+        (folder.path / "data").mkdir(exist_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -104,7 +126,16 @@ def _given(config: TrainConfig) -> Path | None:
             f"--resume: {config.resume} is no checkpoint of truetune",
             ("expected", "auto, or a folder like out/checkpoints/step-000100"),
         )
+    run_state.check_whole(path)
+    home = path.resolve().parent.parent
+    if (home / "run.yaml").is_file():
+        check_settings(home, config)
     return path
+
+
+def _is_empty(path: Path) -> bool:
+    """Nothing there, or only what a run leaves that was killed while it wrote its very first file."""
+    return not path.exists() or all(entry.name.startswith((_LOCK, ".run.yaml.tmp-")) for entry in path.iterdir())
 
 
 def _check_writable(path: Path) -> None:
@@ -125,20 +156,3 @@ def _free_name(path: Path) -> str:
     while (candidate := path.with_name(f"{path.name}-{number}")).exists():
         number += 1
     return str(candidate)
-
-
-def _check_same_run(path: Path, config: TrainConfig) -> None:
-    """Compare with ``run.yaml``: a resumed run with other settings would not be the run that was started."""
-    before = read_settings(path)
-    now = yaml.safe_load(yaml.safe_dump(json.loads(config.model_dump_json())))
-    changed = [
-        f"--{key.replace('_', '-')}: {before.get(key)!r}, now {value!r}"
-        for key, value in now.items()
-        if key not in _FREE and before.get(key) != value
-    ]
-    if changed:
-        raise CheckpointError(
-            f"--resume: the run in {path} was started with other settings",
-            ("changed", "\n".join(changed)),
-            ("way out", f"give the same settings (--config {path / 'run.yaml'}), or another --out"),
-        )

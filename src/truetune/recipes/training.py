@@ -6,7 +6,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,23 +18,21 @@ from truetune.config.resolve import Resolved
 from truetune.config.sft import TrainConfig
 from truetune.data.plan import StepPlan, sequential_batches
 from truetune.data.rejects import write_rejects
-from truetune.errors import CheckpointError
 from truetune.eval.perplexity import Evaluation, evaluate
 from truetune.models import attention, load
-from truetune.models.precision import Precision, choose_precision
+from truetune.models.precision import Precision, choose_device, choose_precision
 from truetune.models.tokenizer import ChatTokenizer
+from truetune.ops.allocator import keep_freed_memory
 from truetune.optim.adamw import adamw
 from truetune.optim.schedule import Schedule, warmup_steps
-from truetune.recipes import plan_report, result
+from truetune.recipes import plan_report, result, resume
 from truetune.recipes.data import Prepared
-from truetune.recipes.run_folder import RunFolder, open_run, start, write_json
+from truetune.recipes.run_folder import RunFolder, locked, open_run, start, write_json
 from truetune.train.log import RunLog, Screen
 from truetune.train.loop import Run, train
-from truetune.train.memory import keep_freed_memory
 from truetune.train.step import NonFiniteStepError
 
 Prepare = Callable[..., Prepared]
-DEFAULT_LENGTH = 2048
 
 
 @dataclass(frozen=True)
@@ -64,50 +62,57 @@ def run_training(resolved: Resolved[Any], prepare: Prepare, *, screen: Screen | 
     outline = plan_report.outline(setup, screen)
     if setup.config.dry_run:
         return outline
-    start(setup.folder, resolved)
-    write_rejects(setup.folder.path / "data" / "rejects.jsonl", setup.prepared.rejects)
+    if done := result.finished(setup, steps=outline["steps"]):
+        screen.say("done", f"the run in {setup.folder.path} is complete: nothing is left to do")
+        return done
     model = load.load_model(
         setup.config.model,
         dtype=setup.precision.storage,
         device=setup.device,
         revision=setup.config.revision,
         config=setup.model_config,
+        warn=screen.warn,
     )
     if setup.config.method == "lora":
         attach(model, setup.config.lora(), seed=setup.config.seed)
-    plan = _plan(setup, model, screen)
-    context = attention.segmented(model) if plan.packing else contextlib.nullcontext()
-    with context:
-        progress, evaluation = _train(setup, model, plan, screen)
-    return result.finish(setup, model, progress, evaluation, screen=screen, seconds=time.perf_counter() - began)
+    with locked(setup.folder):
+        start(setup.folder, resolved)
+        write_rejects(setup.folder.path / "data" / "rejects.jsonl", setup.prepared.rejects)
+        plan = _plan(setup, model, screen)
+        with attention.segmented(model) if plan.packing else contextlib.nullcontext():
+            progress, evaluation = _train(setup, model, plan, screen)
+        return result.finish(setup, model, progress, evaluation, screen=screen, seconds=time.perf_counter() - began)
 
 
 def _set_up(resolved: Resolved[Any], prepare: Prepare, screen: Screen) -> Setup:
     config: TrainConfig = resolved.config
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    device = choose_device(config.device)
     folder = open_run(resolved, screen)
     model_config = load.load_config(config.model, revision=config.revision)
     tokenizer = ChatTokenizer.load(config.model, revision=config.revision)
-    context = load.context_length(model_config)
-    max_length = config.max_length or min(context or DEFAULT_LENGTH, DEFAULT_LENGTH)
+    max_length = load.usable_length(model_config, config.max_length)
     prepared = prepare(config, tokenizer, max_length=max_length, screen=screen)
     trains_base = config.method == "full" or bool(config.trainable)
-    facts = run_state.read_progress(folder.checkpoint).facts if folder.checkpoint else {}
+    facts = resume.facts_of(folder.checkpoint)
     precision = choose_precision(
         facts.get("compute", config.dtype), load.checkpoint_dtype(model_config), device=device, trains_base=trains_base
     )
-    if facts and facts["data"] != prepared.digest:
-        raise CheckpointError(
-            "--resume: the data is not what this run was started on",
-            ("way out", "put the files back as they were, or start a new run with another --out"),
-        )
-    return Setup(config, folder, tokenizer, model_config, prepared, precision, device, dict(facts))
+    now = {
+        "data": prepared.digest,
+        "held_out": prepared.held_out_digest,
+        "base": load.fingerprint(load.model_folder(config.model)) if load.is_local(config.model) else None,
+        "compute": str(precision.autocast or precision.storage).removeprefix("torch."),
+        "environment": resume.environment(),
+    }
+    resume.check_facts(facts, now, screen)
+    return Setup(config, folder, tokenizer, model_config, prepared, precision, device, facts | now)
 
 
 def _plan(setup: Setup, model: Any, screen: Screen) -> StepPlan:
     config, facts = setup.config, setup.facts
+    resumed = "packing" in facts
     packing = facts.get("packing", config.packing)
-    if packing is None or (packing and not facts):
+    if packing is None or (packing and not resumed):
         able = attention.supports_segments(model)
         if packing and not able:
             screen.warn("--packing: this model does not keep packed rows apart; rows are padded instead")
@@ -115,12 +120,7 @@ def _plan(setup: Setup, model: Any, screen: Screen) -> StepPlan:
             screen.note("rows are padded: this model does not keep packed rows apart")
         packing = able
     micro = facts.get("micro_tokens") or config.micro_tokens or plan_report.default_micro_tokens(setup)
-    setup.facts.update(
-        packing=packing,
-        micro_tokens=micro,
-        data=setup.prepared.digest,
-        compute=str(setup.precision.autocast or setup.precision.storage).removeprefix("torch."),
-    )
+    setup.facts.update(packing=packing, micro_tokens=micro)
     return StepPlan.build(
         setup.prepared.train, batch_size=config.batch_size, micro_tokens=micro, packing=packing, seed=config.seed,
         epochs=config.epochs, max_steps=config.max_steps,
@@ -134,7 +134,8 @@ def _train(setup: Setup, model: Any, plan: StepPlan, screen: Screen) -> tuple[Pr
     optimizer = adamw(parameters, lr=config.peak_lr, weight_decay=config.weight_decay)
     progress = Progress(facts=setup.facts)
     if setup.folder.checkpoint:
-        progress = run_state.restore(setup.folder.checkpoint, model, optimizer)
+        restored = resume.restore(setup.folder.path, setup.folder.checkpoint, model, optimizer, screen)
+        progress = replace(restored, facts=setup.facts)
         screen.say("resume", f"from {setup.folder.checkpoint}, step {progress.step} of {plan.steps}")
     logits = functools.partial(attention.trained_logits, model)
     autocast = functools.partial(setup.precision.context, setup.device)
@@ -170,9 +171,10 @@ def _train(setup: Setup, model: Any, plan: StepPlan, screen: Screen) -> tuple[Pr
             progress = train(run, progress)
     except NonFiniteStepError as error:
         raise plan_report.explain_non_finite(error, setup) from None
-    if config.select == "best" and progress.best_step not in (None, progress.step):
-        best = setup.folder.path / run_state.FOLDER / f"step-{progress.best_step:06d}"
-        run_state.restore(best, model)
+    if config.select == "best" and progress.best_step is not None and progress.best_step != progress.step:
+        run_state.restore(run_state.folder_of(setup.folder.path, progress.best_step), model)
+        last.clear()
+    if prepared.held_out and not last:  # the result is the best state, or there was no step left to do
         held_out()
     return progress, last[0] if last else None
 

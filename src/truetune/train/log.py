@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from typing_extensions import Self
 
-from truetune.checkpoint.atomic import writing
+from truetune.checkpoint.atomic import write_text, writing
 
 
 class Screen:
@@ -38,15 +39,17 @@ class Screen:
 class RunLog:
     """Rows of ``log.jsonl`` (DESIGN.md section 7), and the progress bar.
 
-    On resume, rows after ``start`` are dropped first: they belong to steps that will be done again.
+    On resume, rows after ``start`` are dropped first: they belong to steps that will be done again. A run that starts
+    from the beginning starts an empty log.
     """
 
     def __init__(self, path: Path, screen: Screen, *, steps: int, start: int, every: int) -> None:
         self.path, self.screen, self.steps, self.every = path, screen, steps, every
         with writing(path.parent):
-            kept = [line for line in _rows(path) if json.loads(line)["step"] <= start]
-            path.write_text("".join(kept), encoding="utf-8")
-            self._file = path.open("a", encoding="utf-8")
+            kept = [line for line in _rows(path) if json.loads(line)["step"] <= start] if start else []
+            write_text(path, "".join(kept))
+            # Unbuffered: a row that a full disk refuses must not come back when the file is closed.
+            self._file = path.open("ab", buffering=0)
         self._start, self._since, self._tokens = start, time.perf_counter(), 0
         self._bar = Progress(
             TextColumn("{task.percentage:>3.0f} %"),
@@ -89,8 +92,14 @@ class RunLog:
 
     def _write(self, row: dict[str, Any]) -> None:
         with writing(self.path.parent):
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
+            line = (json.dumps(row) + "\n").encode()
+            while line:
+                line = line[self._file.write(line) :]
+
+    def sync(self) -> None:
+        """Bring all rows to the disk: a checkpoint must never be newer than its log."""
+        with writing(self.path.parent):
+            os.fsync(self._file.fileno())
 
     def _show(self, step: int, row: dict[str, Any]) -> None:
         text = f"step {step}/{self.steps}  loss {row['loss']:.4f}{self._val}  {row['tok_s']:,.0f} tok/s"

@@ -6,6 +6,7 @@ masks. So a run that was stopped anywhere goes on from a step number and ends wi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from truetune.errors import StoppedError
 from truetune.optim.schedule import Schedule
 from truetune.train.log import RunLog
 from truetune.train.memory import peak_mb
-from truetune.train.step import Logits, NonFiniteStepError, StepResult, accumulate, update
+from truetune.train.step import UNTOUCHED, Logits, NonFiniteStepError, StepResult, accumulate, update
 from truetune.train.stop import StopRequest
 
 
@@ -48,7 +49,7 @@ def train(run: Run, progress: Progress) -> Progress:
     Returns:
         The final progress; its checkpoint is saved.
     Raises:
-        NonFiniteStepError: before the weights were touched by the step that failed.
+        NonFiniteStepError: before anything that is not a number is saved.
         StoppedError: a signal came; the state is saved.
     """
     with StopRequest() as stop:
@@ -61,7 +62,7 @@ def train(run: Run, progress: Progress) -> Progress:
                 progress = _evaluated(run, progress)
             is_best = progress.best_step == progress.step
             if last or is_best or stop.signal or _due(run.save_every, progress.step):
-                run.save(progress)
+                _save(run, progress)
             if stop.signal and not last:
                 raise StoppedError(
                     stop.signal,
@@ -77,8 +78,9 @@ def _step(run: Run, progress: Progress) -> Progress:
     batches = run.plan.micro_batches(step)
     result = accumulate(run.logits, batches, seed=run.seed, step=step, autocast=run.autocast)
     norm = update(run.optimizer, run.parameters, lr=rate, clip=run.clip)
-    if norm != norm or norm == float("inf"):
-        raise NonFiniteStepError("the gradient is not finite", [i for batch in batches for i in batch.examples])
+    if not math.isfinite(norm):
+        what = f"the gradient is not finite; {UNTOUCHED}"
+        raise NonFiniteStepError(what, step=step + 1, examples=run.plan.examples(step))
     run.log.step(step + 1, _row(result, rate, norm))
     return replace(
         progress,
@@ -102,12 +104,25 @@ def _row(result: StepResult, rate: float, norm: float) -> dict[str, float | int]
 def _evaluated(run: Run, progress: Progress) -> Progress:
     assert run.evaluate is not None
     loss, tokens = run.evaluate()
+    if not math.isfinite(loss):
+        raise NonFiniteStepError("the held-out loss is not finite", step=progress.step, examples=())
     run.log.evaluation(progress.step, loss, tokens)
     if progress.first_loss is None:
         progress = replace(progress, first_loss=loss)
     if progress.step and (progress.best_loss is None or loss < progress.best_loss):
         progress = replace(progress, best_step=progress.step, best_loss=loss)
     return progress
+
+
+def _save(run: Run, progress: Progress) -> None:
+    """Save, unless the last step threw a weight out of its range: the next loss would tell, but too late."""
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in run.parameters):
+        rows = run.plan.examples(progress.step - 1)
+        raise NonFiniteStepError(
+            "a weight is no longer finite, so this state is not saved", step=progress.step, examples=rows
+        )
+    run.log.sync()
+    run.save(progress)
 
 
 def _due(every: int, step: int) -> bool:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import ctypes
 import sys
 
 import torch
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def peak_mb() -> float:
     """Peak resident memory of this process in MB (10^6 bytes); on CUDA the device's, which is what runs out there."""
     if torch.cuda.is_available() and torch.cuda.memory_allocated():
         return torch.cuda.max_memory_allocated() / 1e6
+    try:  # not ru_maxrss where this exists: a process inherits its parent's mark across exec
+        with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) * 1024 / 1e6
+    except (OSError, StopIteration):
+        pass
     try:
         import resource
     except ImportError:  # Windows
@@ -32,20 +34,3 @@ def available_mb() -> float:
         return int(fields["MemAvailable"].split()[0]) * 1024 / 1e6
     except (OSError, KeyError, ValueError):
         return 8_000.0  # a system without /proc: assume a small laptop
-
-
-def keep_freed_memory() -> bool:
-    """Ask glibc to reuse large blocks instead of handing each back to the system and faulting it in again.
-
-    A training step frees and takes the same few hundred megabytes over and over; on the machine this was measured on,
-    page faults were a third of the step. The peak does not grow. Does nothing on another C library.
-
-    Returns:
-        Whether the library took the advice.
-    """
-    if not sys.platform.startswith("linux"):
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return False
-    return bool(mallopt(_M_MMAP_THRESHOLD, 1 << 30)) and bool(mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1))

@@ -21,6 +21,7 @@ from truetune.ops.loss import cross_entropy_sum
 from truetune.ops.rng import derive_seed
 
 Logits = Callable[[Batch], Tensor]
+UNTOUCHED = "the weights are as they were before this step"
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,14 @@ class StepResult:
 
 
 class NonFiniteStepError(NonFiniteError):
-    """Loss or gradient is not a number; ``examples`` are the rows that were being learned."""
+    """Something is not a number any more.
 
-    def __init__(self, what: str, examples: Sequence[int]) -> None:
+    ``step`` counts from 1, as in the log; 0 is before training. ``examples`` are the rows that were being learned.
+    """
+
+    def __init__(self, what: str, *, step: int, examples: Sequence[int]) -> None:
         super().__init__(what)
-        self.examples = tuple(examples)
+        self.step, self.examples = step, tuple(examples)
 
 
 def accumulate(
@@ -66,7 +70,7 @@ def accumulate(
             loss = cross_entropy_sum(scores, batch.targets.to(scores.device))
         value = float(loss.detach())
         if not math.isfinite(value):
-            raise NonFiniteStepError("the loss is not finite", batch.examples)
+            raise NonFiniteStepError(f"the loss is not finite; {UNTOUCHED}", step=step + 1, examples=batch.examples)
         total += value
         (loss / count).backward()  # type: ignore[no-untyped-call]
     return StepResult(total / max(1, count), sum(b.tokens for b in batches), count)

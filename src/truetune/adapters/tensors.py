@@ -1,0 +1,151 @@
+"""The tensors of an adapter file: which key is which parameter, filled exactly or not at all.
+
+Keys are PEFT's. Loading compares every tensor that the model expects with every tensor in the file and reports all that
+is missing, extra or misshaped at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from truetune.adapters.base import Adapter
+from truetune.adapters.inject import adapters, attachment
+from truetune.adapters.lora import LoRALinear, LoRAParams
+from truetune.adapters.lora_embedding import LoRAEmbedding, TiedHead
+from truetune.errors import AdapterError
+
+_ROOT = "base_model.model."
+
+
+def state(model: nn.Module) -> dict[str, Parameter]:
+    """Key in PEFT's file → parameter, for everything that is trained beside or in the frozen base."""
+    owned, keys = set(), {}
+    for path, adapter in adapters(model):
+        for suffix, parameter in adapter.adapter_parameters():
+            keys[f"{_ROOT}{path}.{suffix}"] = parameter
+            owned.add(id(parameter))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in owned:
+            keys[_ROOT + name.replace(".base.", ".base_layer.")] = parameter
+    return keys
+
+
+def to_file(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of ``adapter_model.safetensors``: ``state``, and the tied head's copies that PEFT expects."""
+    tensors = {key: p.detach().cpu().contiguous() for key, p in state(model).items()}
+    return tensors | {copy.key: copy.of(tensors).clone().contiguous() for copy in _tied_copies(model)}
+
+
+@dataclass(frozen=True)
+class _TiedCopy:
+    """What the head of a tied model repeats in the file of what the table holds."""
+
+    key: str
+    source: str
+    transposed: bool
+
+    def of(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        source = tensors[self.source]
+        return source.T if self.transposed else source
+
+
+def _tied_copies(model: nn.Module) -> list[_TiedCopy]:
+    attached = attachment(model)
+    if attached is None or not attached.tied:
+        return []
+    table, head = (f"{_ROOT}{path}" for path in attached.tied)
+    if set(attached.tied) & set(attached.full_modules):
+        return [_TiedCopy(f"{head}.weight", f"{table}.weight", transposed=False)]
+    return [
+        _TiedCopy(f"{head}.{suffix}", f"{table}.{source}", transposed=True)
+        for suffix, source in TiedHead.copies.items()
+    ]
+
+
+def fill(model: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> None:
+    """Copy ``tensors`` (keys as in PEFT's file) into the adapter that ``model`` carries; exactly all of them.
+
+    Raises:
+        AdapterError: they are not exactly those; then none was copied.
+    """
+    expected = state(model)
+    copies = _tied_copies(model)
+    shapes = {key: p.shape for key, p in expected.items()}
+    shapes |= {copy.key: copy.of(expected).shape for copy in copies}
+    if problems := _misfits(model, expected, shapes, tensors):
+        more = f"\n… and {len(problems) - 12} more" if len(problems) > 12 else ""
+        raise AdapterError(
+            f"{where} does not fit this model: {len(problems)} of {len(tensors)} tensors",
+            ("tensors", "\n".join(problems[:12]) + more),
+            ("likely", "the adapter was trained on another base; its adapter_config.json names the one it knows"),
+        )
+    for copy in copies:
+        if copy.key in tensors and not torch.equal(tensors[copy.key], copy.of(tensors)):
+            raise AdapterError(
+                f"{where}: {copy.key} differs from the embedding table's, and this model's head is the table",
+                (
+                    "way out",
+                    "with ensure_weight_tying false in its adapter_config.json, the head is taken apart",
+                ),
+            )
+    with torch.no_grad():
+        for key, parameter in expected.items():
+            parameter.copy_(tensors[key])
+
+
+def _misfits(
+    model: nn.Module, expected: Mapping[str, Parameter], shapes: Mapping[str, torch.Size], tensors: Mapping[str, Tensor]
+) -> list[str]:
+    """One line per tensor that is missing, extra or misshaped."""
+    missing = [f"missing    {key} {list(p.shape)}" for key, p in expected.items() if key not in tensors]
+    extra = [
+        f"extra      {key} {list(tensor.shape)}"
+        for key, tensor in sorted(tensors.items())
+        if key not in shapes and not _is_base_copy(model, key, tensor)
+    ]
+    misshaped = [
+        f"misshaped  {key}: found {list(tensors[key].shape)}, expected {list(shape)}"
+        for key, shape in shapes.items()
+        if key in tensors and tensors[key].shape != shape
+    ]
+    return missing + extra + misshaped
+
+
+def site_params(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Adapter, LoRAParams]]:
+    """``(path, wrapped layer, its tensors from the file)`` of every site that owns tensors."""
+    for path, adapter in adapters(model):
+        if isinstance(adapter, LoRALinear | LoRAEmbedding):
+            a, b = (tensors[f"{_ROOT}{path}.{suffix}"] for suffix in adapter.files.values())
+            yield path, adapter, LoRAParams(a=a, b=b, scale=adapter.scale)
+
+
+def replaced_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Name of a base parameter → the tensor the file holds in its place, for parts that were trained in full."""
+    own = {f"{_ROOT}{path}.{suffix}" for path, a in adapters(model) for suffix, _ in a.adapter_parameters()}
+    replaced = [key for key in state(model) if key not in own]
+    return {key.removeprefix(_ROOT).replace(".base_layer.", "."): tensors[key] for key in replaced}
+
+
+def base_copies(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Name of a base parameter → the copy of it that PEFT stored beside an adapter on an embedding or a head."""
+    mark = ".base_layer.weight"
+    held = {key.removeprefix(_ROOT): tensor for key, tensor in tensors.items()}
+    copies = {path: held[path + mark] for path, _ in adapters(model) if path + mark in held}
+    return {f"{path}.weight": tensor for path, tensor in copies.items()}
+
+
+def _is_base_copy(model: nn.Module, key: str, tensor: Tensor) -> bool:
+    """PEFT stores the whole frozen table beside an adapter on it; fine as long as it is this model's own."""
+    path, found, rest = key.removeprefix(_ROOT).partition(".base_layer.weight")
+    wrapped = dict(adapters(model)).get(path)
+    if not found or rest or wrapped is None:
+        return False
+    weight = wrapped.weight
+    if weight.is_meta:
+        return tensor.shape == weight.shape
+    return torch.equal(tensor.to(weight), weight)

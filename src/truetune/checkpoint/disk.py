@@ -1,0 +1,83 @@
+"""Disks that are full, read-only or about to lose power: refusals worded once, space asked for, folders synced."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from truetune.errors import OutputError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+_NO_FOLDER = (errno.ENOTDIR, errno.EEXIST)
+
+
+@contextlib.contextmanager
+def writing(folder: Path, *advice: tuple[str, str], needed: int = 0) -> Iterator[None]:
+    """Turn the system's refusals to write into an error with a way out; what else goes wrong passes as it is.
+
+    Args:
+        folder: what is written to, for the message.
+        advice: notes for a full disk, in place of the usual way out.
+        needed: bytes of the whole output, where they are known.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise disk_full(folder, *advice, needed=needed, quota=error.errno == errno.EDQUOT) from None
+        if error.errno in _FORBIDDEN:
+            way_out = "--out with a folder you may write to"
+            raise OutputError(f"{folder} can't be written: {error.strerror}", ("way out", way_out)) from None
+        if error.errno in _NO_FOLDER:
+            raise OutputError(f"{folder} is not a folder", ("way out", "choose another --out")) from None
+        raise
+    except SafetensorError as error:
+        if "os error 28" in str(error) or "No space left" in str(error):
+            raise disk_full(folder, *advice, needed=needed) from None
+        raise
+
+
+def disk_full(folder: Path, *advice: tuple[str, str], needed: int = 0, quota: bool = False) -> OutputError:
+    """The error for a full disk; make it after removing what was written, so that it counts as free."""
+    free = shutil.disk_usage(_existing(folder)).free
+    what = f"the quota for {folder} is used up" if quota else f"the disk that holds {folder} is full"
+    return OutputError(
+        f"{what}: {free / 1e6:,.0f} MB are left",
+        ("needed", f"{needed:,} bytes" if needed else ""),
+        ("free", f"{free:,} bytes" if needed else ""),
+        *(advice or [("way out", "free some space, or write to another disk")]),
+    )
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Refuse before the first byte what can't be finished.
+
+    Raises:
+        OutputError: the disk under ``folder`` has less than ``needed`` bytes free.
+    """
+    if needed > shutil.disk_usage(_existing(folder)).free:
+        raise disk_full(folder, needed=needed)
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or the renames in a folder where the system lets a folder be synced, safely to disk."""
+    if path.is_dir() and os.name != "posix":
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path

@@ -1,0 +1,93 @@
+"""What a run says about itself once it is over: ``report.md``, ``loss.png``, and the figures behind them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from truetune.checkpoint.atomic import writing
+
+if TYPE_CHECKING:
+    from truetune.recipes.training import Setup
+
+
+def report(setup: Setup, card: dict[str, Any], losses: dict[str, list[tuple[int, float]]], where: Path) -> str:
+    """``report.md``: what was trained on what, before and after, and how to use it."""
+    config, data, metrics = setup.config, setup.prepared.report, card["metrics"]
+    rejected = ", ".join(f"{n} {reason}" for reason, n in data["rejected"].items()) or "none"
+    lines = [
+        f"# {where.parent.name}",
+        "",
+        f"- base: `{config.model}`"
+        + (f", weights {card['base']['weights_sha256'][:12]}" if card["base"]["weights_sha256"] else ""),
+        f"- method: {config.method}"
+        + (f", r {config.rank}, alpha {config.alpha:g}" if config.method == "lora" else ""),
+        f"- data: {', '.join(config.data)}; {data['read']:,} rows read, {data['used']:,} used, rejected: {rejected}",
+        f"- tokens: {data['tokens']:,} in the data, {data['trained_tokens']:,} of them trained",
+        f"- template: {card['template']['name'] if card['template'] else 'none (plain text)'}",
+        f"- steps: {metrics['steps']:,}; {metrics['tokens']:,} tokens seen, padding not counted",
+        "",
+        "| | before | after |",
+        "|---|---|---|",
+        f"| training loss | {_at(losses['train'], 0)} | {_at(losses['train'], -1)} |",
+        f"| held-out loss | {_number(metrics['held_out_loss_before'])} | {_number(metrics['held_out_loss'])} |",
+        "",
+        "How to use it:",
+        "",
+        "```",
+    ]
+    if config.method == "lora":
+        lines += [
+            f"truetune generate --model {config.model} --adapter {where} --prompt '…'",
+            f"truetune merge --model {config.model} --adapter {where} --out merged",
+        ]
+    else:
+        lines.append(f"truetune generate --model {where} --prompt '…'")
+    return "\n".join([*lines, "```", ""])
+
+
+def plot(losses: dict[str, list[tuple[int, float]]], path: Path) -> None:
+    """Training and held-out curves as a picture, where matplotlib is installed (the ``plot`` extra)."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
+    for name, points in losses.items():
+        if points:
+            axes.plot(*zip(*points, strict=True), label=name, marker="o" if len(points) < 30 else None)
+    axes.set(xlabel="step", ylabel="loss (nats per trained token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    with writing(path.parent):
+        figure.savefig(path)
+    pyplot.close(figure)
+
+
+def read_losses(log: Path) -> dict[str, list[tuple[int, float]]]:
+    """``(step, loss)`` of every logged step (``train``) and evaluation (``held out``)."""
+    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    return {
+        "train": [(row["step"], row["loss"]) for row in rows if "loss" in row],
+        "held out": [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row],
+    }
+
+
+def speed(log: Path) -> float | None:
+    """The median of the logged tokens per second; padding is not counted, nor are evaluations."""
+    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    return median(row["tok_s"] for row in rows if "tok_s" in row) if any("tok_s" in row for row in rows) else None
+
+
+def _at(points: list[tuple[int, float]], index: int) -> str:
+    return _number(points[index][1]) if points else "–"
+
+
+def _number(value: float | None) -> str:
+    return f"{value:.4f}" if value is not None else "–"

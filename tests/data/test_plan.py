@@ -1,0 +1,77 @@
+"""The order of a run as a function of (seed, step)."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from truetune.data.plan import StepPlan, sequential_batches
+from truetune.data.schema import Origin, TokenSet
+
+
+def rows(count: int) -> TokenSet:
+    tokens = [[i] * (2 + i % 5) for i in range(count)]
+    flags = [[True] * len(ids) for ids in tokens]
+    return TokenSet.from_lists(tokens, flags, [Origin("f", i + 1) for i in range(count)])
+
+
+def plan(count: int, batch: int, epochs: float = 1.0, max_steps: int | None = None, seed: int = 0) -> StepPlan:
+    return StepPlan.build(
+        rows(count), batch_size=batch, micro_tokens=8, packing=True, seed=seed, epochs=epochs, max_steps=max_steps
+    )
+
+
+def seen(one: StepPlan) -> list[int]:
+    return [i for step in range(one.steps) for i in one.examples(step)]
+
+
+@given(st.integers(1, 30), st.integers(1, 12), st.integers(1, 4))
+def test_whole_epochs_see_every_example_the_same_number_of_times(count: int, batch: int, epochs: int) -> None:
+    assert Counter(seen(plan(count, batch, epochs))) == dict.fromkeys(range(count), epochs)
+
+
+@given(st.integers(1, 30), st.integers(1, 12), st.floats(0.01, 3.5))
+def test_a_fraction_of_an_epoch_is_that_share_of_the_rows(count: int, batch: int, epochs: float) -> None:
+    times = Counter(seen(plan(count, batch, epochs)))
+    assert sum(times.values()) == max(1, round(count * epochs))
+    assert max(times.values()) - min(times.get(i, 0) for i in range(count)) <= 1
+
+
+@given(st.integers(1, 30), st.integers(1, 12), st.integers(1, 9))
+def test_max_steps_are_full_steps(count: int, batch: int, steps: int) -> None:
+    one = plan(count, batch, max_steps=steps)
+    assert [len(one.examples(step)) for step in range(one.steps)] == [batch] * steps
+
+
+def test_the_last_step_takes_what_is_left() -> None:
+    one = plan(10, 4, 1.5)
+    assert [len(one.examples(step)) for step in range(one.steps)] == [4, 4, 4, 3]
+
+
+def test_a_batch_larger_than_the_data_reaches_into_the_next_pass() -> None:
+    one = plan(3, 8, 3)
+    assert one.steps == 2
+    assert Counter(one.examples(0)) in [Counter({a: 3, b: 3, c: 2}) for a, b, c in ((0, 1, 2), (0, 2, 1), (1, 2, 0))]
+    assert len(one.examples(1)) == 1
+
+
+def test_a_step_does_not_depend_on_the_steps_before_it() -> None:
+    forwards = plan(10, 4, 5)
+    backwards = plan(10, 4, 5)
+    assert [forwards.examples(s) for s in range(13)] == [backwards.examples(s) for s in reversed(range(13))][::-1]
+
+
+def test_each_epoch_has_an_order_of_its_own() -> None:
+    one = plan(20, 20, 3)
+    assert len({tuple(one.examples(step)) for step in range(3)}) == 3
+
+
+def test_another_seed_is_another_order() -> None:
+    assert plan(20, 20).examples(0) != plan(20, 20, seed=1).examples(0)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_evaluation_sees_every_example_once(packing: bool) -> None:
+    batches = sequential_batches(rows(17), 8, packing=packing)
+    assert sorted(i for batch in batches for i in batch.examples) == list(range(17))

@@ -1,0 +1,65 @@
+"""One dtype policy: setting, checkpoint and machine decide; trained weights stay in float32."""
+
+import pytest
+import torch
+
+from truetune.errors import ConfigError
+from truetune.models.precision import choose_device, choose_precision, name_of
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+
+@pytest.mark.parametrize(
+    ("setting", "checkpoint", "device", "fast", "storage"),
+    [
+        ("auto", F32, "cpu", True, F32),
+        ("auto", F32, "cuda", True, F32),
+        ("auto", BF16, "cpu", True, BF16),
+        ("auto", BF16, "cpu", False, F32),
+        ("auto", F16, "cpu", True, BF16),
+        ("auto", F16, "cpu", False, F32),
+        ("auto", BF16, "cuda", None, BF16),
+        ("auto", F16, "cuda", None, BF16),
+        ("float32", BF16, "cpu", True, F32),
+        ("bfloat16", F32, "cpu", False, BF16),
+        ("float16", F32, "cuda", None, F16),
+    ],
+)
+def test_frozen_weights_are_stored_as_the_table_says(
+    setting: str, checkpoint: torch.dtype, device: str, fast: bool | None, storage: torch.dtype
+) -> None:
+    found = choose_precision(setting, checkpoint, device=device, trains_base=False, cpu_bf16_is_fast=fast)
+    assert (found.storage, found.autocast) == (storage, None)
+    assert found.reason
+
+
+@pytest.mark.parametrize(("setting", "autocast"), [("float32", None), ("bfloat16", BF16), ("auto", BF16)])
+def test_trained_weights_are_stored_in_float32(setting: str, autocast: torch.dtype | None) -> None:
+    found = choose_precision(setting, BF16, device="cpu", trains_base=True, cpu_bf16_is_fast=True)
+    assert (found.storage, found.autocast) == (F32, autocast)
+
+
+def test_products_run_in_the_autocast_dtype_only_where_there_is_one() -> None:
+    x = torch.ones(2, 2)
+    mixed = choose_precision("bfloat16", F32, device="cpu", trains_base=True)
+    plain = choose_precision("float32", F32, device="cpu", trains_base=True)
+    with mixed.context("cpu"):
+        assert (x @ x).dtype == BF16
+    with plain.context("cpu"):
+        assert (x @ x).dtype == F32
+
+
+def test_float16_on_a_cpu_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--dtype float16"):
+        choose_precision("float16", F16, device="cpu", trains_base=False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
+def test_a_device_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--device cuda"):
+        choose_device("cuda")
+    assert choose_device("auto") == choose_device("cpu") == "cpu"
+
+
+def test_dtypes_have_short_names() -> None:
+    assert [name_of(dtype) for dtype in (F32, BF16, F16, torch.float64)] == ["fp32", "bf16", "fp16", "torch.float64"]

@@ -1,0 +1,1 @@
+"""Slow, obvious re-statements in float64, which the library is compared with."""
