@@ -20,7 +20,8 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOK
 
 def arguments(model: Path, data: Path, steps: int, save_every: int) -> list[str]:
     settings = {"model": model, "data": data, "batch-size": 4, "rank": 4, "lr": 0.05, "dropout": 0.2,
-                "max-steps": steps, "save-every": save_every, "val-split": 0.3, "eval-every": 15, "select": "best"}  # fmt: skip
+                "max-steps": steps, "save-every": save_every, "val-split": 0.3, "eval-every": 15,
+                "select": "best"}  # fmt: skip
     return ["sft", *(text for key, value in settings.items() for text in (f"--{key}", str(value)))]
 
 
