@@ -37,14 +37,7 @@ def outline(setup: Setup, screen: Screen) -> dict[str, Any]:
     if config.method == "full":
         model.requires_grad_(True)
     everything, trained = count_parameters(model)
-    storage = setup.precision.storage
-    screen.say(
-        "model",
-        f"{config.model}  {_count(base)}, {name_of(storage)} ({setup.precision.reason})"
-        + (f", products in {name_of(setup.precision.autocast)}" if setup.precision.autocast else ""),
-    )
-    how = f"r {config.rank}, alpha {config.alpha:g} on {len(sites)} layers" if sites else "every weight"
-    screen.say("method", f"{config.method}  {how} · {_count(trained)} trained ({trained / base:.1%})")
+    _say_model(setup, screen, base=base, trained=trained, sites=len(sites))
     plan = StepPlan.build(
         prepared.train, batch_size=config.batch_size, micro_tokens=default_micro_tokens(setup), seed=config.seed,
         packing=config.packing is not False, epochs=config.epochs, max_steps=config.max_steps,
@@ -53,7 +46,7 @@ def outline(setup: Setup, screen: Screen) -> dict[str, Any]:
     estimate = estimate_memory(
         model,
         setup.model_config,
-        storage=storage,
+        storage=setup.precision.storage,
         trained_share=share,
         micro_tokens=min(plan.micro_tokens, _step_tokens(plan)),
     )
@@ -157,6 +150,18 @@ def _say_data(setup: Setup, screen: Screen) -> None:
     )
     if template := setup.prepared.template:
         screen.note(f"template: {template.name} ({template.digest[:8]}) · every answer ends in a stop token, trained")
+
+
+def _say_model(setup: Setup, screen: Screen, *, base: int, trained: int, sites: int) -> None:
+    config = setup.config
+    storage = setup.precision.storage
+    screen.say(
+        "model",
+        f"{config.model}  {_count(base)}, {name_of(storage)} ({setup.precision.reason})"
+        + (f", products in {name_of(setup.precision.autocast)}" if setup.precision.autocast else ""),
+    )
+    how = f"r {config.rank}, alpha {config.alpha:g} on {sites} layers" if sites else "every weight"
+    screen.say("method", f"{config.method}  {how} · {_count(trained)} trained ({trained / base:.1%})")
 
 
 def _step_tokens(plan: StepPlan) -> int:
