@@ -74,7 +74,9 @@ def card(build: Path, measured: Evaluation) -> str:
     )
     every = next((int(line.split(":")[1]) for line in given if line.startswith("log_every")), 1)
     parameters = sum(p.numel() for p in load.load_model(str(ASSETS), dtype=torch.bfloat16).parameters())
-    settings_used = ", ".join(g for g in given if g.split(":")[0] not in ("model", "data", "val_data", "out", "log_every"))
+    settings_used = ", ".join(
+        g for g in given if g.split(":")[0] not in ("model", "data", "val_data", "out", "log_every")
+    )
     return f"""---
 license: apache-2.0
 language: [code]

@@ -136,9 +136,15 @@ def test_parts_trained_in_full_are_merged(family: str, part: Any, tmp_path: Path
 
 
 def test_a_weight_that_transformers_renames_is_refused_and_not_lost(tmp_path: Path) -> None:
-    """GPT-NeoX's files call the head ``embed_out``; an edit under the model's name would add a tensor nobody reads."""
-    save_base("neox", tmp_path / "base")
-    train(tmp_path / "base", tmp_path / "adapter", LoRA(rank=2, alpha=4, trainable=("head",)))
+    """GPT-NeoX's files call the head ``embed_out``; an edit under the model's name would add a tensor nobody reads.
+
+    Later versions of transformers call it ``lm_head`` in the model; where they don't, the merge has to be right.
+    """
+    base = save_base("neox", tmp_path / "base")
+    live = train(base, tmp_path / "adapter", LoRA(rank=2, alpha=4, trainable=("head",)))
+    if hasattr(live, "embed_out"):
+        assert distance(logits(live), logits(reload(merge(tmp_path)))) <= CLOSE
+        return
     with pytest.raises(AdapterError, match=r"no tensor lm_head\.weight(.|\n)*transformers renames"):
         merge(tmp_path)
     assert not (tmp_path / "out").exists()

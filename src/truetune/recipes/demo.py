@@ -52,9 +52,7 @@ def run(resolved: Resolved[DemoConfig]) -> dict[str, Any]:
     }  # fmt: skip
     trained = sft.run(resolve(SFTConfig, file=None, flags=settings))
     adapter, merged = out / "run" / "adapter", out / "merged"
-    merge.run(
-        resolve(MergeConfig, file=None, flags={"model": str(base), "adapter": str(adapter), "out": str(merged)})
-    )
+    merge.run(resolve(MergeConfig, file=None, flags={"model": str(base), "adapter": str(adapter), "out": str(merged)}))
     questions = _questions(held_out, config.answers)
     contest = functools.partial(_contestant, held_out, questions, screen)
     before = contest("base", model=str(base))

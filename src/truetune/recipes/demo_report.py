@@ -68,7 +68,7 @@ def show(facts: dict[str, Any], before: Contestant, after: Contestant, questions
     console.print(f"model    {facts['merged']}")
     console.print(
         f"next     truetune generate --model {facts['merged']} --prompt "
-        "'def is_empty(path):\n    \"\"\"Return True if the file at path has no content.\"\"\"'"
+        '\'def is_empty(path):\n    """Return True if the file at path has no content."""\''
     )
 
 
