@@ -13,6 +13,7 @@ import json
 import platform
 import shutil
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -27,6 +28,7 @@ from truetune.models import attention, load
 from truetune.models.precision import choose_precision
 from truetune.models.tokenizer import ChatTokenizer
 
+SETTINGS = ("max_length", "batch_size", "epochs", "lr", "warmup", "weight_decay", "dtype")
 ASSETS = Path(__file__).resolve().parents[1] / "src" / "truetune" / "assets" / "base"
 
 
@@ -63,19 +65,19 @@ def held_out_loss(path: Path) -> Evaluation:
 
 def card(build: Path, measured: Evaluation) -> str:
     """The model card: what it is, what it saw, how good it is, what it can't do."""
-    report = json.loads((build / "run" / "data" / "report.json").read_text(encoding="utf-8"))
-    metrics = json.loads((build / "run" / "model" / "truetune.json").read_text(encoding="utf-8"))["metrics"]
-    settings = (build / "run" / "run.yaml").read_text(encoding="utf-8")
-    given = [line.split("  #")[0].strip() for line in settings.splitlines() if line.endswith("# flag")]
-    seconds = sum(
-        row["tokens"] / row["tok_s"]
-        for row in map(json.loads, (build / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines())
-        if "tok_s" in row
-    )
-    every = next((int(line.split(":")[1]) for line in given if line.startswith("log_every")), 1)
+    run = build / "run"
+    report = json.loads((run / "data" / "report.json").read_text(encoding="utf-8"))
+    metrics = json.loads((run / "model" / "truetune.json").read_text(encoding="utf-8"))["metrics"]
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    size = report["tokens"]
+    speed = median(row["tok_s"] for row in log if "tok_s" in row)
+    lines = (run / "run.yaml").read_text(encoding="utf-8").splitlines()
+    given = [line.split("  #")[0].strip() for line in lines if line.endswith(("# flag", "# file"))]
+    settings = ", ".join(item for item in given if item.split(":")[0] in SETTINGS)
     parameters = sum(p.numel() for p in load.load_model(str(ASSETS), dtype=torch.bfloat16).parameters())
-    settings_used = ", ".join(
-        g for g in given if g.split(":")[0] not in ("model", "data", "val_data", "out", "log_every")
+    quality = (
+        f"**{measured.loss:.4f}** nats a token (perplexity {measured.perplexity:.2f}, next token right "
+        f"{measured.accuracy:.1%}); {metrics['held_out_loss_before']:.4f} before training"
     )
     return f"""---
 license: apache-2.0
@@ -89,12 +91,13 @@ byte-level BPE of 4,096 tokens) for demonstrations and tests that must run offli
 
 | | |
 |---|---|
-| data | source of the standard library of CPython {platform.python_version()}: {report["used"]:,} modules, {report["tokens"]:,} tokens |
+| data | standard library of CPython {platform.python_version()}, {report["used"]:,} modules, {size:,} tokens |
 | held out | {", ".join(HELD_OUT)}, and their tests: {measured.tokens:,} tokens |
 | tokens seen | {metrics["tokens"]:,} in {metrics["steps"]:,} steps |
-| held-out loss | **{measured.loss:.4f}** nats a token (perplexity {measured.perplexity:.2f}, next-token accuracy {measured.accuracy:.1%}), bf16 weights, blocks of 512 tokens; {metrics["held_out_loss_before"]:.4f} before training |
-| time | about {seconds * every / 60:.0f} minutes of training on 2 CPU cores |
-| settings | {settings_used} |
+| held-out loss | {quality} |
+| measured | with the bf16 weights in this folder, in blocks of 512 tokens |
+| time | about {metrics["tokens"] / speed / 60:.0f} minutes at {speed:,.0f} tokens/s |
+| settings | {settings} |
 
 **What it can do**: continue Python source in the style of the standard library for a few lines.
 **Limits**: it is tiny. It knows no other language, no facts and no instructions; longer code is locally plausible and
