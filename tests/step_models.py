@@ -33,9 +33,11 @@ PACKED = ("llama", "gpt2", "mistral", "gemma2", "qwen3")
 def family(name: str) -> PreTrainedModel:
     """A model of a family, in float32, with weights large enough that attention is not flat."""
     class_name, settings = _CONFIGS[name]
+    # What caps its attention scores runs eagerly: SDPA, the default of older transformers there, would not cap them.
+    attention = {"attn_implementation": "eager"} if "attn_logit_softcapping" in settings else {}
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(
-        getattr(transformers, class_name)(**settings), dtype=torch.float32
+        getattr(transformers, class_name)(**settings), dtype=torch.float32, **attention
     )
     with torch.no_grad():
         for parameter in model.parameters():

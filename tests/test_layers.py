@@ -15,7 +15,8 @@ LEVELS = [
     {"errors", "config"},
     {"ops"},
     {"quant", "adapters", "optim", "data", "dist"},
-    {"models", "checkpoint"},
+    {"checkpoint"},
+    {"models"},
     {"train", "eval", "export", "generate"},
     {"recipes"},
     {"serve"},
@@ -30,7 +31,6 @@ LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 APART = [
     {"quant", "adapters", "optim", "data", "dist"},
     {"train", "eval", "export", "generate"},
-    {"models", "checkpoint"},
 ]
 ATTICS = {"utils", "util", "common", "helpers", "helper", "misc"}
 PEERS = {"peft", "bitsandbytes", "loralib", "accelerate", "trl", "litgpt", "swift"}

@@ -57,7 +57,7 @@ def held_out_loss(path: Path) -> Evaluation:
     documents, _ = encode_rows(rows, None, tokenizer, train_on="all")
     batches = sequential_batches(cut_into_blocks(documents, 512), 4096, packing=True)
     model = load.load_model(str(ASSETS), dtype=torch.float32)
-    precision = choose_precision("float32", torch.bfloat16, device="cpu", trains_base=False)
+    precision = choose_precision("float32", torch.bfloat16, device="cpu")
     with attention.segmented(model):
         logits = functools.partial(attention.trained_logits, model)
         return evaluate(logits, batches, autocast=functools.partial(precision.context, "cpu"))

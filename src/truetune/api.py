@@ -15,7 +15,7 @@ from truetune.config.resolve import resolve
 from truetune.config.sft import SFTConfig
 from truetune.models import load as _load
 from truetune.models.precision import choose_device, choose_precision
-from truetune.recipes.adapter import check_base
+from truetune.recipes.adapter import base_name, check_base, describe_base
 
 
 def load(model: str, *, dtype: str = "auto", device: str = "cpu", revision: str | None = None) -> Any:
@@ -29,7 +29,7 @@ def load(model: str, *, dtype: str = "auto", device: str = "cpu", revision: str 
     """
     device = choose_device(device)
     config = _load.load_config(model, revision=revision)
-    precision = choose_precision(dtype, _load.checkpoint_dtype(config), device=device, trains_base=False)
+    precision = choose_precision(dtype, _load.checkpoint_dtype(config), device=device)
     return _load.load_model(model, dtype=precision.storage, device=device, revision=revision, config=config)
 
 
@@ -49,9 +49,15 @@ def trainable(model: nn.Module) -> dict[str, int]:
 
 
 def save_adapter(model: nn.Module, folder: str, *, base: str | None = None) -> None:
-    """Write the model's adapter in PEFT's format."""
-    name = base or getattr(getattr(model, "config", None), "_name_or_path", None)
-    files.save(model, Path(folder), base=name or None)
+    """Write the model's adapter in PEFT's format, and beside it which base it belongs to.
+
+    Args:
+        base: the folder or the Hub's name of the base, where the model does not know where it came from.
+    """
+    config = getattr(model, "config", None)
+    origin = base or getattr(config, "_name_or_path", None)
+    card = {"format": 1, "base": describe_base(origin, None, config)} if origin else None
+    files.save(model, Path(folder), base=base_name(origin) if origin else None, card=card)
 
 
 def load_adapter(model: nn.Module, folder: str, *, allow_other_base: bool = False) -> None:
@@ -61,9 +67,10 @@ def load_adapter(model: nn.Module, folder: str, *, allow_other_base: bool = Fals
         truetune.errors.AdapterError: any tensor missing, extra or misshaped, or another base; all named at once.
     """
     file = files.read(Path(folder))
-    origin = getattr(getattr(model, "config", None), "_name_or_path", "")
-    if origin and Path(origin).is_dir():
-        check_base(file, Path(origin), allow_other=allow_other_base)
+    config = getattr(model, "config", None)
+    if origin := getattr(config, "_name_or_path", ""):
+        found = _load.known_copy(origin, revision=getattr(config, "_commit_hash", None))
+        check_base(file, origin, found, allow_other=allow_other_base)
     files.load(model, file)
 
 

@@ -16,7 +16,7 @@ from truetune.adapters.inject import adapters, attach, attachment, detach
 from truetune.adapters.lora import LoRALinear, LoRAParams, merge
 from truetune.adapters.lora_embedding import LoRAEmbedding, merge_table
 from truetune.config.lora import LoRA
-from truetune.errors import AdapterError
+from truetune.errors import AdapterError, ConfigError
 
 LAYERS = ["linear", "conv1d", "embedding"]
 
@@ -236,3 +236,13 @@ def test_a_detached_model_can_be_taken_apart_and_put_together_in_any_order() -> 
     detach(model)
     attach(model, LoRA(targets=("embed_tokens",)))
     assert attachment(model).tied == ("model.embed_tokens", "lm_head")  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("settings", [{"rank": 0}, {"rank_stabilised": True}, {"dropout": 1.5}])
+def test_a_layer_made_alone_refuses_what_the_settings_refuse(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        LoRALinear.from_base(torch.nn.Linear(4, 4), **settings)
+
+
+def test_a_layer_made_alone_takes_the_short_spelling_of_the_rank() -> None:
+    assert LoRALinear.from_base(torch.nn.Linear(4, 4), rank=2).lora_a.shape == (2, 4)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import safetensors
 import torch
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -40,6 +41,13 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
     return torch.equal(left.reshape(-1).view(torch.uint8), right.reshape(-1).view(torch.uint8))
 
 
+def known_to_the_library(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The library reads and writes complex numbers since 0.7."""
+    if Version(safetensors.__version__) >= Version("0.7"):
+        return tensors
+    return {name: tensor for name, tensor in tensors.items() if tensor.dtype != torch.complex64}
+
+
 def assorted() -> dict[str, Tensor]:
     torch.manual_seed(0)
     tensors = {
@@ -64,7 +72,7 @@ def shards(tmp_path: Path) -> Path:
 
 
 def test_the_library_reads_what_we_write(tmp_path: Path) -> None:
-    tensors = assorted()
+    tensors = known_to_the_library(assorted())
     write_all(tmp_path, tensors)
     read = load_file(tmp_path / "model.safetensors")
     assert read.keys() == tensors.keys()
@@ -74,8 +82,16 @@ def test_the_library_reads_what_we_write(tmp_path: Path) -> None:
 
 
 def test_we_read_what_the_library_writes(tmp_path: Path) -> None:
-    tensors = {name: tensor.contiguous() for name, tensor in assorted().items()}
+    tensors = {name: tensor.contiguous() for name, tensor in known_to_the_library(assorted()).items()}
     save_file(tensors, tmp_path / "model.safetensors")
+    entries = open_index(tmp_path)
+    assert entries.keys() == tensors.keys()
+    assert [name for name in tensors if not same_bits(load(entries[name]), tensors[name])] == []
+
+
+def test_we_read_what_we_write(tmp_path: Path) -> None:
+    tensors = assorted()
+    write_all(tmp_path, tensors)
     entries = open_index(tmp_path)
     assert entries.keys() == tensors.keys()
     assert [name for name in tensors if not same_bits(load(entries[name]), tensors[name])] == []

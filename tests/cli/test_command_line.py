@@ -237,3 +237,25 @@ def test_help_comes_without_torch() -> None:
 def test_parse_raises_what_main_prints() -> None:
     with pytest.raises(ConfigError, match="unknown flag --bogus"):
         parsed("--bogus")
+
+
+def test_a_letter_that_the_terminal_does_not_know_ends_nothing(tmp_path: Path) -> None:
+    """A console with an old code page, or output sent into a file under one."""
+    (tmp_path / "行.jsonl").write_text('{"instruction": "a", "output": "b"}\n', encoding="utf-8")
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
+    for path in ("行.jsonl", "没有.jsonl"):
+        done = subprocess.run(
+            [*SHELL, "inspect", path, "--json"], cwd=tmp_path, env=environment, capture_output=True, check=False
+        )
+        assert b"Traceback" not in done.stderr
+        assert done.returncode == (0 if path == "行.jsonl" else 2), done.stderr
+    assert b"\\u6ca1\\u6709.jsonl" in done.stderr
+
+
+def test_what_machines_read_is_json_to_the_letter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """NaN is none; a recipe that lets one through has a fault, and says so."""
+    import truetune.recipes.inspect as recipe
+
+    (tmp_path / "rows.txt").write_text("a", encoding="utf-8")
+    monkeypatch.setattr(recipe, "run", lambda resolved: {"loss": float("nan")})
+    assert main.main(["inspect", str(tmp_path / "rows.txt"), "--json"]) == 3

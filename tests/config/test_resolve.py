@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from truetune.config.generate import GenerateConfig
@@ -175,6 +175,7 @@ TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size
     names=st.lists(TEXT, min_size=1, max_size=3),
     number=st.floats(1e-9, 1e9),
 )
+@example(text="\x85", long=1, names=["a\u2028b", "雪"], number=1.0)
 def test_any_config_comes_back_from_its_own_file(
     tmp_path: Path, text: str, long: int, names: list[str], number: float
 ) -> None:

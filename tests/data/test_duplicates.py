@@ -1,4 +1,4 @@
-from truetune.data.duplicates import duplicates
+from truetune.data.duplicates import duplicates, shared
 from truetune.data.schema import Message, Origin, Row
 
 
@@ -27,3 +27,13 @@ def test_tools_count_and_the_order_of_their_keys_does_not() -> None:
     one, same = row(1, tools=({"a": 1, "b": 2},)), row(2, tools=({"b": 2, "a": 1},))
     other = row(3, tools=({"a": 1},))
     assert [found.row for found, _ in duplicates([one, same, other])] == [2]
+
+
+def test_half_a_character_is_hashed_like_any_other() -> None:
+    assert [found.row for found, _ in duplicates([row(1, text="\ud83d"), row(2, text="\ud83d")])] == [2]
+
+
+def test_held_out_rows_that_are_trained_on_are_found_whatever_their_file() -> None:
+    trained = [row(1, text="a"), row(2, text="b")]
+    held_out = [Row(Origin("held.jsonl", n), text=text) for n, text in enumerate("cab", 1)]
+    assert [origin.row for origin in shared(trained, held_out)] == [2, 3]

@@ -93,7 +93,7 @@ def test_no_tools_in_any_spelling(tools: object) -> None:
 
 
 def test_messages_are_kept_as_they_are() -> None:
-    turns = [("system", "s"), ("user", " a\n"), ("assistant", ""), ("tool", "t"), ("assistant", "b ")]
+    turns = [("system", "s"), ("user", " a\n"), ("assistant", "\tc"), ("tool", "t"), ("assistant", "b ")]
     assert said(one(chat(*turns))) == turns
 
 
@@ -122,11 +122,18 @@ def test_text_has_no_messages() -> None:
         ({"instruction": "a", "output": "b", "input": 1}, "alpaca", "wrong_type", "`input` is a number"),
         ({"instruction": "a", "output": "b", "history": [["q"]]}, "alpaca", "wrong_type", "turn 1: a pair"),
         ({"instruction": "a", "output": "b", "history": [["q", ""]]}, "alpaca", "empty_output", "`history` turn 1"),
+        ({"instruction": "a", "input": "b", "context": "c", "output": "d"}, "alpaca", "two_inputs", "keep one"),
         ({"instruction": "a", "instances": [{}, {}]}, "alpaca", "wrong_type", "`instances` holds 2"),
         ({"messages": []}, "messages", "empty_messages", "`messages` is an empty list"),
         ({"messages": "[]"}, "messages", "wrong_type", "CSV, which can't hold lists"),
         ({"messages": ["hi"]}, "messages", "not_an_object", "message 1 is text"),
         (chat(("user", "a"), ("assistant", " \n")), "messages", "empty_output", "every assistant message"),
+        (
+            chat(("user", "a"), ("assistant", " "), ("user", "b"), ("assistant", "c")),
+            "messages",
+            "empty_output",
+            "message 2: the answer is empty",
+        ),
         (chat(("user", "a"), ("assistant", None)), "messages", "wrong_type", "message 2: `content` is null"),
         (chat(("user", [{"type": "text"}])), "messages", "wrong_type", "a list of parts"),
         (chat(("User", "a"), ("human", "b")), "messages", "unknown_role", "perhaps 'user' is meant by 'User'"),
@@ -239,3 +246,14 @@ def test_rejects_are_written_one_per_line(tmp_path: Path) -> None:
 def test_counts_are_by_reason_most_frequent_first() -> None:
     made = [Reject(Origin("x", n), reason, "") for n, reason in enumerate(("a", "b", "b"))]
     assert list(counts(made).items()) == [("b", 2), ("a", 1)]
+
+
+@pytest.mark.parametrize(
+    ("added", "context", "expected"),
+    [("", "c", "c"), ("c", "", "c"), ("c", None, "c"), ("c", "c", "c"), (" ", "c", "c"), ("", " ", " "), ("", "", "")],
+)
+def test_of_input_and_context_the_one_that_says_something_is_kept(
+    added: str, context: str | None, expected: str
+) -> None:
+    row = one({"instruction": "a", "input": added, "context": context, "output": "b"})
+    assert row.messages[0].input == expected

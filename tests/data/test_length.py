@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from truetune.data.length import OnOverlong, limit_lengths
+from truetune.data.length import OnOverlong, limit_lengths, truncation
 from truetune.data.schema import Origin, TokenSet
 from truetune.errors import DataError
 
@@ -83,3 +83,9 @@ def test_truncate_fits_keeps_the_opening_and_learns_something(prompt: int, answe
 
 def test_a_text_loses_its_end_only() -> None:
     assert limit(rows((0, 15)), "truncate")[0].example(0)[0].tolist() == list(range(10))
+
+
+def test_what_was_cut_off_is_counted() -> None:
+    data = rows((10, 4), (1, 3), (0, 15))
+    assert truncation(data, limit(data, "truncate")[0]) == {"rows": 2, "tokens": 9}
+    assert truncation(data, limit(data, "drop")[0]) == {"rows": 0, "tokens": 0}

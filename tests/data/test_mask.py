@@ -193,11 +193,13 @@ def test_a_template_that_never_ends_an_answer_is_refused(encoder: ChatTokenizer)
     assert "'.'" in rejects[0].detail
 
 
-@pytest.mark.parametrize("dropped", ["system", "user"])
+@pytest.mark.parametrize("dropped", ["system", "user", "tool"])
 def test_a_template_that_drops_a_turn_is_refused(dropped: str, encoder: ChatTokenizer) -> None:
     source = CHATML.replace("{{ '<|im_start|>'", "{% if m.role != '" + dropped + "' %}{{ '<|im_start|>'", 1)
     source = source.replace("{%- endfor -%}", "{% endif %}{%- endfor -%}")
-    _, rejects = encode_rows([talk("A.", system="Be brief.")], Template("t", source), encoder, train_on="assistant")
+    called = (Message("tool", '{"hour": 5}'), Message("assistant", "Five."))
+    row = Row(Origin("f", 1), (*talk("A.", system="Be brief.").messages, *called))
+    _, rejects = encode_rows([row], Template("t", source), encoder, train_on="assistant")
     assert [r.reason for r in rejects] == ["template"]
     assert f"({dropped})" in rejects[0].detail
 
@@ -228,3 +230,50 @@ def test_any_answer_is_trained_as_it_is_written(
     template = resolve_template(template_name, encoder)
     expected = answers if train_on == "assistant" else answers[-1:]
     check(talk(*answers), template, encoder, train_on=train_on, expected=expected)
+
+
+def test_what_a_tool_returned_may_stand_there_as_a_json_string(encoder: ChatTokenizer) -> None:
+    source = CHATML.replace("m.content", "(m.content | tojson if m.role == 'tool' else m.content)")
+    row = Row(Origin("f", 1), (*talk("A.").messages, Message("tool", '{"é": "5"}'), Message("assistant", "Five.")))
+    check(row, Template("t", source), encoder, train_on="assistant", expected=["A.", "Five."])
+
+
+def test_trained_on_as_a_whole_a_conversation_loses_no_answer(encoder: ChatTokenizer) -> None:
+    source = CHATML.replace("m.content", "(m.content if m.role != 'assistant' or loop.last else '-')")
+    _, rejects = encode_rows([talk("One.", "Two.")], Template("t", source), encoder, train_on="all")
+    assert [(r.reason, "turn 2 (assistant)" in r.detail) for r in rejects] == [("template", True)]
+
+
+@NEEDS_SHARED
+@pytest.mark.parametrize("name", ["gpt2", "phi2"])
+def test_a_prompt_that_would_be_served_in_other_tokens_is_refused(name: str) -> None:
+    """The first answer's line breaks join the template's, so the second prompt has other ids than training would."""
+    encoder = tokenizer(name)
+    template = resolve_template("alpaca", encoder)
+    row = talk("\n\nfirst", "\n\nsecond")
+    _, rejects = encode_rows([row], template, encoder, train_on="assistant")
+    assert [r.reason for r in rejects] == ["prompt_differs"]
+    assert "stretch 2" in rejects[0].detail
+    assert "--train-on last" in rejects[0].detail
+    check(row, template, encoder, train_on="last", expected=["\n\nsecond"])
+
+
+@NEEDS_SHARED
+@settings(max_examples=60, deadline=None)
+@given(answers=st.lists(st.sampled_from((*ANSWERS[:-1], "\n\nlines")), min_size=2, max_size=3))
+@pytest.mark.parametrize("template_name", ["alpaca", "plain"])
+def test_every_prompt_in_a_kept_row_is_the_served_one(template_name: str, answers: list[str]) -> None:
+    encoder = tokenizer("gpt2")
+    template = resolve_template(template_name, encoder)
+    row = talk(*answers)
+    examples, rejects = encode_rows([row], template, encoder, train_on="assistant")
+    if rejects:
+        assert [r.reason for r in rejects] == ["prompt_differs"]
+        assert any(answer.startswith("\n\n") for answer in answers)
+        return
+    ids, flags = (t.tolist() for t in examples.example(0))
+    starts = [i for i, flag in enumerate(flags) if flag and not flags[i - 1]]
+    turns = range(1, len(row.messages), 2)
+    assert [ids[:start] for start in starts] == encoder.encode(
+        [template.render(encoder, row.messages[:turn], prompt=True) for turn in turns]
+    )

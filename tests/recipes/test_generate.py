@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from truetune.cli.main import main
 from truetune.config.generate import GenerateConfig
@@ -126,3 +127,22 @@ def test_a_trained_model_says_what_its_authors_program_says(number: int, capsys:
     speaker = load_speaker(GenerateConfig(model=str(STORIES), prompt="x", template="none"), Screen())
     assert found["text"] == speaker.tokenizer.hf.decode(golden["new_ids"], skip_special_tokens=True)
     assert speaker.prompt_ids(golden["prompt"]) == golden["prompt_ids"]
+
+
+def test_an_answer_ends_where_the_context_does(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """GPT-2 has no positions behind its context at all."""
+    shape = {"n_positions": 32, "n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 259}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, bos_token_id=None, eos_token_id=256))
+    transformers.logging.disable_progress_bar()
+    model.save_pretrained(tmp_path / "gpt2")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_model / file, tmp_path / "gpt2" / file)
+    flags = ["--template", "none", "--max-new-tokens", "60", "--temperature", "1.5"]
+    argv = ["generate", "--model", str(tmp_path / "gpt2"), "--prompt", "a" * 20, *flags, "--json"]
+    assert main(argv) == 0
+    shown = capsys.readouterr()
+    found = json.loads(shown.out.rstrip("\n").rpartition("\n")[2])
+    assert (found["new_tokens"], found["stopped"]) == (12, False)
+    assert "cut at the model's context of 32 tokens" in " ".join(shown.err.split())

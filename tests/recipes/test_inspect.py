@@ -1,6 +1,7 @@
 """``truetune inspect``: what is this?"""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -101,3 +102,12 @@ def test_a_damaged_weight_file_is_refused(tiny_model: Path, tmp_path: Path, caps
     (tmp_path / "config.json").write_bytes((tiny_model / "config.json").read_bytes())
     (tmp_path / "model.safetensors").write_bytes(b"hello")
     refusal(tmp_path, capsys)
+
+
+def test_a_log_cut_short_by_a_kill_is_read_up_to_there(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    killed = Path(shutil.copytree(run, tmp_path / "killed"))
+    with (killed / "log.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 2, "loss": 1.')
+    assert facts(killed, capsys)["steps"] == 1

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from training_runs import checkpoints, differences, log, run_pretrain, run_sft, write_rows
+from training_runs import BEST_BEFORE_LAST, checkpoints, differences, log, run_pretrain, run_sft, write_rows
 
 STEPS = 7  # 28 examples in steps of 4; the second pass begins in step 4 (counted from 1)
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"dropout": 0.2},
     "full": {"method": "full", "lr": 1e-3},
     "padded": {"dropout": 0.2, "packing": False, "micro_tokens": 100},
-    "best": {"val_split": 0.3, "eval_every": 1, "select": "best", "lr": 0.2, "schedule": "constant"},
+    "best": {**BEST_BEFORE_LAST, "select": "best"},
     "bf16": {"dtype": "bfloat16", "method": "full"},
     "parts": {"targets": ("embed_tokens", "q_proj"), "trainable": ("norm",)},
 }
@@ -69,9 +69,14 @@ def test_the_runs_do_learn(whole: Callable[[str], tuple[Path, Path]]) -> None:
 
 
 def test_the_best_state_is_not_the_last_in_these_runs(whole: Callable[[str], tuple[Path, Path]]) -> None:
-    """Nor would choosing the best be put to the test."""
-    losses = [row["val_loss"] for row in log(whole("best")[1]) if "val_loss" in row]
-    assert min(losses) < losses[-1]
+    """Nor would choosing the best be put to the test.
+
+    It leads by far more than two machines or two releases of torch differ by.
+    """
+    losses = [row["val_loss"] for row in log(whole("best")[1]) if row.get("val_loss") and row["step"]]
+    first, second = sorted(losses)[:2]
+    assert losses.index(first) not in (0, len(losses) - 1)
+    assert second - first > 0.05
 
 
 def test_another_seed_is_another_run(

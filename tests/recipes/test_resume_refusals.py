@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from training_runs import checkpoints, differences, log, run_sft, same_tensors, write_rows
+from training_runs import BEST_BEFORE_LAST, checkpoints, differences, log, run_sft, same_tensors, write_rows
 from truetune.checkpoint.atomic import is_valid
 from truetune.errors import CheckpointError, OutputError
 from truetune.recipes import run_folder
@@ -218,10 +218,9 @@ def test_a_finished_run_says_so_and_changes_nothing(
 
 def test_a_finished_run_gives_its_best_state_when_asked_afterwards(tiny_model: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.jsonl")
-    flags = {"val_split": 0.3, "eval_every": 1, "lr": 0.2, "schedule": "constant"}
-    first = run_sft(tiny_model, data, tmp_path / "out", **flags)
+    first = run_sft(tiny_model, data, tmp_path / "out", **BEST_BEFORE_LAST)
     assert first["best_step"] < first["steps"]
-    again = run_sft(tiny_model, data, tmp_path / "out", resume="auto", select="best", **flags)
+    again = run_sft(tiny_model, data, tmp_path / "out", resume="auto", select="best", **BEST_BEFORE_LAST)
     assert again["val_loss"] == min(
         row["val_loss"] for row in log(tmp_path / "out") if row.get("val_loss") and row["step"]
     )

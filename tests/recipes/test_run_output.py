@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from training_runs import checkpoints, differences, log, run_sft, same_tensors, write_rows
+from training_runs import BEST_BEFORE_LAST, checkpoints, differences, log, run_sft, same_tensors, write_rows
 from truetune.checkpoint.atomic import is_valid
 from truetune.errors import OutputError
 from truetune.train.log import RunLog, Screen
@@ -90,8 +90,7 @@ def test_the_fill_is_the_share_of_real_tokens(packing: bool, tiny_model: Path, d
 
 
 def test_select_best_gives_the_best_checkpoint(tiny_model: Path, data: Path, tmp_path: Path) -> None:
-    flags = {"val_split": 0.3, "eval_every": 1, "lr": 0.2, "schedule": "constant"}
-    result = run_sft(tiny_model, data, tmp_path / "out", select="best", **flags)
+    result = run_sft(tiny_model, data, tmp_path / "out", select="best", **BEST_BEFORE_LAST)
     losses = {row["step"]: row["val_loss"] for row in log(tmp_path / "out") if "val_loss" in row and row["step"]}
     assert result["best_step"] == min(losses, key=losses.__getitem__) != result["steps"]
     assert result["val_loss"] == losses[result["best_step"]]
@@ -104,7 +103,8 @@ def test_the_last_state_is_the_result_unless_the_best_is_asked_for(
     tiny_model: Path, data: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    run_sft(tiny_model, data, out, val_split=0.3, eval_every=1, lr=0.2, schedule="constant")
+    result = run_sft(tiny_model, data, out, **BEST_BEFORE_LAST)
+    assert result["best_step"] < result["steps"]
     last = out / "checkpoints" / checkpoints(out)[-1] / "adapter" / "adapter_model.safetensors"
     assert same_tensors(last, out / "adapter" / "adapter_model.safetensors")
 
@@ -115,8 +115,7 @@ def test_keep_leaves_the_newest_few(tiny_model: Path, data: Path, tmp_path: Path
 
 
 def test_the_best_checkpoint_stays_however_old(tiny_model: Path, data: Path, tmp_path: Path) -> None:
-    flags = {"val_split": 0.3, "eval_every": 1, "save_every": 1, "keep": 1, "lr": 0.2, "schedule": "constant"}
-    result = run_sft(tiny_model, data, tmp_path / "out", **flags)
+    result = run_sft(tiny_model, data, tmp_path / "out", save_every=1, keep=1, **BEST_BEFORE_LAST)
     assert checkpoints(tmp_path / "out") == [f"step-{step:06d}" for step in (result["best_step"], result["steps"])]
 
 
@@ -223,3 +222,31 @@ def test_the_result_of_full_tuning_is_a_model(tiny_model: Path, data: Path, tmp_
     base, tuned = (load_file(f / "model.safetensors") for f in (tiny_model, tmp_path / "out" / "model"))
     assert base.keys() == tuned.keys()
     assert any(not (base[k] == tuned[k]).all() for k in base)
+
+
+def test_what_was_cut_off_is_in_the_report(tiny_model: Path, tmp_path: Path) -> None:
+    data, held = write_rows(tmp_path / "rows.jsonl"), tmp_path / "held.jsonl"
+    long = json.dumps({"instruction": "long", "output": "x" * 300}) + "\n"
+    data.write_text(data.read_text() + long + long)
+    held.write_text(long)
+    flags = {"val_data": (str(held),), "max_length": 128, "max_steps": 1}
+    run_sft(tiny_model, data, tmp_path / "out", on_overlong="truncate", **flags)
+    report = json.loads((tmp_path / "out" / "data" / "report.json").read_text())
+    lost = report["held_out"]["truncated"]["tokens"]
+    assert lost > 172
+    assert report["held_out"]["truncated"] == {"rows": 1, "tokens": lost}
+    assert report["truncated"] == {"rows": 2, "tokens": 2 * lost}
+    assert (report["read"], report["used"], report["rejected"]) == (16, 16, {})
+    run_sft(tiny_model, data, tmp_path / "whole", max_length=256, on_overlong="drop", max_steps=1)
+    report = json.loads((tmp_path / "whole" / "data" / "report.json").read_text())
+    assert (report["truncated"], report["rejected"]) == ({"rows": 0, "tokens": 0}, {"over_length": 2})
+
+
+def test_held_out_rows_that_are_trained_on_are_said(
+    tiny_model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held, rows = tmp_path / "held.jsonl", data.read_text().splitlines(keepends=True)
+    held.write_text("".join(rows[:2]) + json.dumps({"instruction": "new", "output": "row"}) + "\n")
+    run_sft(tiny_model, data, tmp_path / "out", val_data=(str(held),), max_steps=1)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "2 of 3 rows of --val-data are trained on too" in said

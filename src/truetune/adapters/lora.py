@@ -82,8 +82,12 @@ class LoRALinear(Adapter):
     def from_base(
         cls, base: nn.Module, config: LoRA | None = None, *, generator: torch.Generator | None = None, **settings: Any
     ) -> Self:
-        """Wrap a layer by the settings of a run, or by keywords: ``LoRALinear.from_base(linear, rank=8)``."""
-        config = (config or LoRA()).model_copy(update=settings)
+        """Wrap a layer by the settings of a run, or by keywords: ``LoRALinear.from_base(linear, rank=8)``.
+
+        Raises:
+            ConfigError: a keyword that is no setting of ``LoRA``, or a value out of its range.
+        """
+        config = LoRA(**{**(config or LoRA()).model_dump(), **settings})
         return cls(
             base,
             rank=config.rank,

@@ -65,7 +65,7 @@ class LoRAEmbedding(Adapter):
         **settings: Any,
     ) -> Self:
         """Wrap a table by the settings of a run, or by keywords. ``dropout`` has no place here and is not read."""
-        config = (config or LoRA()).model_copy(update=settings)
+        config = LoRA(**{**(config or LoRA()).model_dump(), **settings})
         return cls(base, rank=config.rank, alpha=config.alpha, rank_stabilised=config.use_rslora, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ def sha256(path: Path) -> str:
 
 def _write_manifest(folder: Path) -> None:
     files = sorted(p for p in folder.rglob("*") if p.is_file())
-    listed = {str(p.relative_to(folder)): {"size": p.stat().st_size, "sha256": sha256(p)} for p in files}
+    listed = {p.relative_to(folder).as_posix(): {"size": p.stat().st_size, "sha256": sha256(p)} for p in files}
     (folder / MANIFEST).write_text(json.dumps({"files": listed}, indent=1), encoding="utf-8")
 
 

@@ -46,7 +46,7 @@ def writing(folder: Path, *advice: tuple[str, str], needed: int = 0) -> Iterator
 
 def disk_full(folder: Path, *advice: tuple[str, str], needed: int = 0, quota: bool = False) -> OutputError:
     """The error for a full disk; make it after removing what was written, so that it counts as free."""
-    free = shutil.disk_usage(_existing(folder)).free
+    free = shutil.disk_usage(existing(folder)).free
     what = f"the quota for {folder} is used up" if quota else f"the disk that holds {folder} is full"
     return OutputError(
         f"{what}: {free / 1e6:,.0f} MB are left",
@@ -62,7 +62,7 @@ def require_space(folder: Path, needed: int) -> None:
     Raises:
         OutputError: the disk under ``folder`` has less than ``needed`` bytes free.
     """
-    if needed > shutil.disk_usage(_existing(folder)).free:
+    if needed > shutil.disk_usage(existing(folder)).free:
         raise disk_full(folder, needed=needed)
 
 
@@ -77,7 +77,15 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def _existing(path: Path) -> Path:
-    while not path.exists():
-        path = path.parent
-    return path
+def existing(path: Path) -> Path:
+    """The nearest of a path and the folders above it that is there.
+
+    Raises:
+        OutputError: none is, as on a drive that does not exist.
+    """
+    for candidate in (path, *path.parents):
+        if candidate.exists():
+            return candidate
+    raise OutputError(
+        f"{path} can't be written: there is no {path.anchor or path}", ("way out", "choose another --out")
+    )

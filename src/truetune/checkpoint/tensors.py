@@ -23,21 +23,36 @@ INDEX = "model.safetensors.index.json"
 CHUNK_BYTES = 4 << 20
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that count in a model's folder, sorted; a shard that is listed may be missing.
+
+    ``model.safetensors`` goes before an index, as in transformers.
+
+    Raises:
+        ModelError: an index that can't be read.
+    """
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if not (folder / INDEX).is_file():
+        return []
+    return [folder / shard for shard in sorted(set(_read_weight_map(folder / INDEX).values()))]
+
+
 def open_index(folder: Path) -> dict[str, TensorEntry]:
     """Every tensor of a model folder, by name, in the order of the files; only headers are read.
 
-    ``model.safetensors`` goes before an index, as in transformers. A tensor that a shard holds and the index leaves
-    out is listed too, because transformers would load it.
+    A tensor that a shard holds and the index leaves out is listed too, because transformers would load it.
 
     Raises:
         ModelError: no safetensors here, a shard is missing or damaged, or the index names what no shard holds.
     """
-    if (folder / SINGLE).is_file():
-        return read_header(folder / SINGLE)
-    if not (folder / INDEX).is_file():
+    files = weight_files(folder)
+    if not files:
         raise _no_weights(folder)
+    if files == [folder / SINGLE]:
+        return read_header(folder / SINGLE)
     weight_map = _read_weight_map(folder / INDEX)
-    shards = sorted(set(weight_map.values()))
+    shards = [file.name for file in files]
     if absent := [shard for shard in shards if not (folder / shard).is_file()]:
         found = f"{len(shards) - len(absent)} of {len(shards)} shards"
         raise ModelError(

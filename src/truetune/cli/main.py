@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import os
 import sys
@@ -45,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Said before any library is imported that would phone home or spin up worker threads of its own.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a code page that lacks a letter must not end a run
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = _dispatch(arguments)
         sys.stdout.flush()  # here, where a closed pipe can still be told from a fault
@@ -95,7 +99,7 @@ def _run(name: str, arguments: list[str]) -> int:
     resolved = resolve(config_class, file=file, flags=flags)
     result = importlib.import_module(command.recipe).run(resolved)
     if as_json:
-        print(json.dumps(result, ensure_ascii=False, default=str))
+        print(json.dumps(result, ensure_ascii=False, allow_nan=False, default=str))
     return 0
 
 

@@ -7,8 +7,9 @@ from typing import Literal
 from pydantic import field_validator
 
 from truetune.config.lora import LoRA
-from truetune.config.methods import MethodName
 from truetune.config.options import Options, option
+
+MethodName = Literal["lora", "full"]
 
 
 class BaseGroup(Options):
@@ -95,7 +96,9 @@ class TrainingGroup(Options):
         ge=0,
     )
     epochs: float = option(3.0, help="passes over the data", group="training", alias=("num_train_epochs",), gt=0)
-    max_steps: int | None = option(None, help="stop after this many optimizer steps", group="training", gt=0)
+    max_steps: int | None = option(
+        None, help="exactly this many optimizer steps, whatever --epochs says", group="training", gt=0
+    )
     batch_size: int = option(
         16,
         help="examples per optimizer step, over all micro-batches",
@@ -105,7 +108,7 @@ class TrainingGroup(Options):
     )
     micro_tokens: int | None = option(
         None,
-        help="tokens per micro-batch (default: what fits in memory); the result does not depend on it",
+        help="most tokens per micro-batch (default: 2048, or the longest row); the loss does not depend on it",
         group="training",
         gt=0,
     )

@@ -29,10 +29,19 @@ class Resolved(Generic[C]):
         for name, info in type(self.config).model_fields.items():
             value = getattr(self.config, name)
             plain = list(value) if isinstance(value, tuple) else value
-            # In brackets, because a bare text could not be told from a number, a date or a yes.
-            text = yaml.safe_dump([plain], default_flow_style=True, allow_unicode=True, width=float("inf")).strip()
-            groups.setdefault(group_of(info), []).append(f"  {name}: {text[1:-1]}  # {self.sources[name]}")
+            groups.setdefault(group_of(info), []).append(f"  {name}: {_in_yaml(plain)}  # {self.sources[name]}")
         return "".join(f"{group}:\n" + "\n".join(lines) + "\n" for group, lines in groups.items())
+
+
+def _in_yaml(value: Any) -> str:
+    """On one line, and readable; escaped only where YAML would take a character for a line break."""
+    # In brackets, because a bare text could not be told from a number, a date or a yes.
+    text: str = ""
+    for allow_unicode in (True, False):
+        text = yaml.safe_dump([value], default_flow_style=True, allow_unicode=allow_unicode, width=float("inf"))
+        if not set("\x85\u2028\u2029") & set(text):
+            break
+    return text.strip()[1:-1]
 
 
 def resolve(config_class: type[C], *, file: str | None, flags: Mapping[str, Any]) -> Resolved[C]:

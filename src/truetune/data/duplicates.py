@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 
 from truetune.data.schema import Origin, Row
+from truetune.data.split import content_hash
 
 
 def duplicates(rows: Sequence[Row]) -> list[tuple[Origin, Origin]]:
@@ -15,17 +14,16 @@ def duplicates(rows: Sequence[Row]) -> list[tuple[Origin, Origin]]:
     Two rows are the same when their turns, text and tools are; the order of keys in the file and columns that are
     not trained on (an id, a category) play no part.
     """
-    first: dict[bytes, Origin] = {}
+    first: dict[str, Origin] = {}  # by hash: a large set must not be held twice
     found: list[tuple[Origin, Origin]] = []
     for row in rows:
-        seen = first.setdefault(_digest(row), row.origin)
+        seen = first.setdefault(content_hash(row), row.origin)
         if seen is not row.origin:
             found.append((row.origin, seen))
     return found
 
 
-def _digest(row: Row) -> bytes:
-    """A hash instead of the content itself: a large set must not be held twice."""
-    turns = [(message.role, message.content) for message in row.messages]
-    content = json.dumps([turns, row.text, row.tools], sort_keys=True, default=str)
-    return hashlib.blake2b(content.encode(), digest_size=16).digest()
+def shared(rows: Sequence[Row], held_out: Sequence[Row]) -> list[Origin]:
+    """The held-out rows that are trained on too: a loss measured on them says nothing about new ones."""
+    known = {content_hash(row) for row in rows}
+    return [row.origin for row in held_out if content_hash(row) in known]

@@ -41,6 +41,14 @@ def limit_lengths(
     return _rebuild(examples, set(long), max_length), rejects
 
 
+def truncation(before: TokenSet, after: TokenSet) -> dict[str, int]:
+    """What ``--on-overlong truncate`` cut off: rows that were shortened, and the tokens they lost."""
+    if len(before) != len(after):  # another policy: rows were left out whole, which is counted as rejects
+        return {"rows": 0, "tokens": 0}
+    lost = before.lengths - after.lengths
+    return {"rows": int(lost.count_nonzero()), "tokens": int(lost.sum())}
+
+
 def shorten(tokens: Tensor, trained: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
     """Cut one example to ``max_length`` tokens.
 

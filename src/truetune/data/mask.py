@@ -7,6 +7,7 @@ that is trained on and the prompt that is served are one and the same list of id
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -53,14 +54,14 @@ def encode_rows(
         except TemplateError as error:
             rejects.append(Reject(row.origin, "template", error.message))
     kept, ids, flags = [], [], []
-    for item, (tokens, trained) in zip(rendered, _tokenise(rendered, encoder), strict=True):
-        problem = _mask_problem(item, tokens, trained, encoder)
+    for item, encoded in zip(rendered, _tokenise(rendered, encoder), strict=True):
+        problem = _mask_problem(item, encoded, encoder)
         if problem:
             rejects.append(Reject(item.row.origin, *problem))
         else:
             kept.append(item.row.origin)
-            ids.append(tokens)
-            flags.append(trained)
+            ids.append(encoded.tokens)
+            flags.append(encoded.trained)
     return TokenSet.from_lists(ids, flags, kept), rejects
 
 
@@ -78,7 +79,8 @@ def _render(
         raise TemplateError("the row brings tools, and the template has no place for them")
     full = template.render(encoder, messages, tools=row.tools, prompt=False)
     for turn, message in enumerate(messages, 1):
-        if message.role in ("system", "user") and _left_out(message, full):
+        # Of an answer that is not trained, a template may well drop something: its reasoning, once it is past.
+        if (message.role != "assistant" or train_on == "all") and _left_out(message, full):
             raise TemplateError(f"the template leaves out a part of turn {turn} ({message.role})")
     if train_on == "all":
         opening = len(encoder.bos_token) if full.startswith(encoder.bos_token) else 0
@@ -106,14 +108,28 @@ def _left_out(message: Message, text: str) -> bool:
     """Whether a template dropped words of a message; blanks and line breaks are its own affair."""
     bare = "".join(text.split())
     parts = [message.content] if message.instruction is None else [message.instruction, message.input or ""]
-    return any("".join(part.split()) not in bare for part in parts)
+    missing = any("".join(part.split()) not in bare for part in parts)
+    if missing and message.role == "tool":  # what a tool returned may stand there as a JSON string
+        quoted = (json.dumps(message.content, ensure_ascii=ascii_only) for ascii_only in (True, False))
+        return all("".join(text.split()) not in bare for text in quoted)
+    return missing
 
 
-def _tokenise(items: Sequence[_Rendered], encoder: TextEncoder) -> list[tuple[list[int], list[bool]]]:
+@dataclass(frozen=True)
+class _Encoded:
+    """One row as tokens; ``differs`` says which prompt in it is not the one that would be served."""
+
+    tokens: list[int]
+    trained: list[bool]
+    differs: int | None  # counts the trained stretches, from 1
+
+
+def _tokenise(items: Sequence[_Rendered], encoder: TextEncoder) -> list[_Encoded]:
     """Ids and flags of each text.
 
     A text is encoded as a whole, and once more up to each border of a span: where the shorter ids are a prefix of the
-    longer ones, their number is the border. Where a merge reaches across a border, the text is cut there instead.
+    longer ones, their number is the border. Where a merge reaches across a border, the text is cut at all of them
+    instead; behind a cut, a later prompt may then be worded in other tokens than it would be served in.
     """
     texts, borders = [], []
     for item in items:
@@ -132,7 +148,9 @@ def _tokenise(items: Sequence[_Rendered], encoder: TextEncoder) -> list[tuple[li
         flags = [False] * len(ids)
         for start, end in item.spans:
             flags[position[start] : position[end]] = [True] * (position[end] - position[start])
-        result.append((ids, flags))
+        served = {0: [], len(item.text): ids, **dict(zip(edges, prefixes, strict=True))}
+        differs = (n for n, (start, _) in enumerate(item.spans, 1) if ids[: position[start]] != served[start])
+        result.append(_Encoded(ids, flags, next(differs, None)))
     return result
 
 
@@ -148,12 +166,17 @@ def _cut(text: str, edges: Sequence[int], encoder: TextEncoder) -> tuple[list[in
     return ids, counts[:-1]
 
 
-def _mask_problem(
-    item: _Rendered, tokens: Sequence[int], trained: Sequence[bool], encoder: TextEncoder
-) -> tuple[str, str] | None:
-    """Why an example must not be trained on: no trained token, or an answer that never learns to stop."""
+def _mask_problem(item: _Rendered, encoded: _Encoded, encoder: TextEncoder) -> tuple[str, str] | None:
+    """Why an example must not be trained on: no trained token, another prompt than served, an answer without end."""
+    tokens, trained = encoded.tokens, encoded.trained
     if not any(trained[1:]):  # the first token has no predecessor to be predicted from
         return "nothing_trained", "no token of this row carries a loss"
+    if encoded.differs is not None:
+        return "prompt_differs", (
+            f"trained stretch {encoded.differs}: an answer before it begins or ends with characters that the tokenizer "
+            "joins to the template's, so this prompt would be served in other tokens than it is trained in; --train-on "
+            "last trains the last answer alone, or take such characters (a line break, mostly) off the answer"
+        )
     ends = [i for i, flag in enumerate(trained) if flag and (i + 1 == len(trained) or not trained[i + 1])]
     if item.row.messages and any(tokens[end] not in encoder.stop_ids for end in ends):
         last = encoder.decode([tokens[ends[-1]]])

@@ -12,7 +12,8 @@ from truetune.data.schema import Row
 def content_hash(row: Row) -> str:
     """SHA-256 of what a row says, whatever file and place it came from."""
     value = {"text": row.text, "tools": list(row.tools), "messages": [(m.role, m.content) for m in row.messages]}
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False, default=dict).encode()).hexdigest()
+    said = json.dumps(value, sort_keys=True, ensure_ascii=False, default=dict)
+    return hashlib.sha256(said.encode(errors="surrogatepass")).hexdigest()  # half a character is content too
 
 
 def split(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:

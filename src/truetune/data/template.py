@@ -7,8 +7,11 @@ and merging word their prompts as training did.
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -98,6 +101,58 @@ class Template:
         as_dicts = [{k: v for k in ("role", "content", "instruction", "input") if (v := getattr(m, k)) is not None}
                     for m in messages]  # fmt: skip
         return encoder.render(as_dicts, self.source, tools=list(tools) or None, prompt=prompt)
+
+
+# A prelude ends in a line break, which the tag in front of it eats: the template itself still begins a line, as the
+# rules for blanks in front of a tag ask for.
+_DEFAULT_SYSTEM = """\
+{%% if not messages or messages[0]['role'] != 'system' %%}\
+{%% set messages = [{'role': 'system', 'content': %s}] + (messages | list) %%}{%% endif %%}
+"""
+_PINNED = "{% macro strftime_now(format) %}"
+
+
+def with_default_system(source: str, system: str | None) -> str:
+    """The template with ``system`` in front of every conversation that brings no system message of its own.
+
+    So a model that is given away words its prompts as it was trained, whoever renders them.
+    """
+    if system is None:
+        return source
+    return _DEFAULT_SYSTEM % json.dumps(system, ensure_ascii=False) + source  # Jinja knows JSON's escapes
+
+
+def asks_for_date(template: Template) -> bool:
+    """Whether the template prints the day on which it is rendered."""
+    return "strftime_now" in template.source and _PINNED not in template.source
+
+
+def pin_date(template: Template, date: str) -> Template:
+    """The template with ``date`` (ISO) in place of today, at midnight.
+
+    A template that tells the day would be another one tomorrow: for the run that goes on, and for the prompts that are
+    served. A macro in the source itself takes the place of the function ``strftime_now``, because no value passed
+    from outside may be a function, and so that every program that renders the source says the same.
+    """
+    day = datetime.fromisoformat(date)
+    steps = "".join(
+        f" | replace('{code}', {json.dumps(_formatted(day, code))})"
+        for code in sorted(set(re.findall(r"%-?[A-Za-z]", template.source)))
+        if code.lstrip("%-") in _DATE_CODES
+    )
+    return Template(template.name, f"{_PINNED}{{{{ format{steps} }}}}{{% endmacro %}}\n{template.source}")
+
+
+_DATE_CODES = "aAbBcdeDFHIjmMpSTuUVWxXyY"
+
+
+def _formatted(day: datetime, code: str) -> str:
+    """One code of strftime; those that not every platform has are put together from those that it has."""
+    own = {"%D": "%m/%d/%y", "%F": "%Y-%m-%d", "%T": "%H:%M:%S", "%e": "%d"}
+    text = day.strftime(own.get(code, code.replace("-", "")))
+    if code == "%e":
+        return str(day.day).rjust(2)
+    return text.lstrip("0") or "0" if code.startswith("%-") else text
 
 
 def resolve_template(setting: str, encoder: TextEncoder) -> Template:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +14,14 @@ from truetune.adapters.inject import attachment, tied_paths
 from truetune.adapters.lora import LoRAParams, merge
 from truetune.adapters.lora_embedding import LoRAEmbedding, merge_table
 from truetune.adapters.tensors import base_copies, replaced_tensors, site_params
-from truetune.checkpoint.header import TensorEntry
+from truetune.checkpoint.header import TensorEntry, few
 from truetune.checkpoint.tensors import load
 from truetune.errors import AdapterError
 from truetune.export.merge import Addition, Edit, name_in_checkpoint
 from truetune.ops.frozen import is_conv1d
 
 Change = Callable[[Tensor], Tensor]
+_DENSE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def fold(model: nn.Module, file: AdapterFile, entries: Mapping[str, TensorEntry]
         entries: the checkpoint's tensors.
         prefix: the model's ``base_model_prefix``, which some checkpoints leave out of their names.
     Raises:
-        AdapterError: a tensor the adapter changes is not in the checkpoint.
+        AdapterError: a tensor the adapter changes is not in the checkpoint, or is stored quantised there.
     """
     changes = _changes(model, file)
     attached = attachment(model)
@@ -63,7 +64,21 @@ def fold(model: nn.Module, file: AdapterFile, entries: Mapping[str, TensorEntry]
             f"the base's files have no tensor {', '.join(missing[:5])}" + (" …" if len(missing) > 5 else ""),
             ("likely", "transformers renames this model's weights while loading, which a streaming merge can't follow"),
         )
+    _check_dense(file, [entries[name] for name, edit in edits.items() if isinstance(edit, Edit)])
     return Fold(edits, config)
+
+
+def _check_dense(file: AdapterFile, edited: Iterable[TensorEntry]) -> None:
+    packed = [
+        f"{entry.name} ({str(entry.dtype).removeprefix('torch.')})" for entry in edited if entry.dtype not in _DENSE
+    ]
+    if packed:
+        raise AdapterError(
+            f"{file.folder} changes tensors that are not plain floating-point numbers in this base",
+            ("tensors", few(packed)),
+            ("because", "this version does not read quantised checkpoints"),
+            ("way out", "pass the unquantised base that it was made from"),
+        )
 
 
 def _of_its_own(name: str, change: Change | None, source: TensorEntry) -> Addition:

@@ -22,15 +22,10 @@ from torch import Tensor
 from truetune.checkpoint.disk import require_space, sync, writing
 from truetune.checkpoint.header import PlannedTensor, TensorEntry
 from truetune.checkpoint.shards import ShardWriter
+from truetune.checkpoint.side_files import side_files
 from truetune.checkpoint.tensors import load, open_index
 from truetune.errors import ModelError, OutputError, nearest
 from truetune.ops.allocator import return_freed_memory
-
-# What makes a model beside its weights. Anything else in the folder (README, optimizer, logs, other formats) belongs
-# to the base or to the run that made it; the licence has to travel with the weights.
-_KEPT = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py", "additional_chat_templates/*.jinja")
-_LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
-_LEFT_OUT = ("*.index.json", "adapter_config.json", "truetune.json", "trainer_state.json", "*_results.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,11 +192,7 @@ def _side_files(
     base: Path, config_updates: Mapping[str, object], extra_files: Mapping[str, bytes | Path]
 ) -> dict[str, bytes | Path]:
     """What goes beside the weights, by its name in the folder: new contents, or the file to copy."""
-    files: dict[str, bytes | Path] = {}
-    for path in (path for pattern in (*_KEPT, *_LICENCES) for path in sorted(base.glob(pattern))):
-        foreign = path.name.startswith((".", "README")) or any(path.match(pattern) for pattern in _LEFT_OUT)
-        if path.is_file() and not foreign:
-            files[path.relative_to(base).as_posix()] = path
+    files: dict[str, bytes | Path] = {path.relative_to(base).as_posix(): path for path in side_files(base)}
     try:
         config = json.loads((base / "config.json").read_bytes())
     except (OSError, ValueError) as error:

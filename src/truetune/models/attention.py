@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +25,20 @@ from truetune.ops.attention import segment_attention
 
 NAME = "truetune"
 _SIZE_STEP = 64
+_PROBED_WINDOW = 512  # beyond this, a text longer than the window costs more to try than it could still show
+
+
+@dataclass
+class _Windows:
+    """What a model limits its attention to, as this module gets to know of it."""
+
+    in_masks: set[int] = field(default_factory=set)
+    in_calls: set[int] = field(default_factory=set)
+
+
+# The lengths of the row that is being computed: read from the borders, they would make every layer wait for the device.
+_lengths: ContextVar[tuple[int, ...] | None] = ContextVar("lengths", default=None)
+_seen: ContextVar[_Windows | None] = ContextVar("seen", default=None)
 
 
 def _attention(
@@ -33,13 +49,16 @@ def _attention(
     if borders is None:
         plain: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return plain
+    window = kwargs.get("sliding_window")
+    if window is not None and (seen := _seen.get()):
+        seen.in_calls.add(window)
     out = segment_attention(
         query,
         key,
         value,
-        borders.diff().tolist(),
+        _lengths.get() or borders.diff().tolist(),
         scale=kwargs.get("scaling"),
-        window=kwargs.get("sliding_window"),
+        window=window,
         softcap=kwargs.get("softcap"),
         dropout=kwargs.get("dropout") or 0.0,
     )
@@ -47,7 +66,9 @@ def _attention(
 
 
 def _mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """No mask without padding: the segments say it all."""
+    """No mask without padding: the segments say it all, once the model hands the attention its window as well."""
+    if kwargs.get("local_size") is not None and (seen := _seen.get()):
+        seen.in_masks.add(kwargs["local_size"])
     return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
 
 
@@ -66,30 +87,63 @@ def segmented(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-def supports_segments(model: PreTrainedModel) -> bool:
+def supports_segments(model: PreTrainedModel, *, longest: int | None = None) -> bool:
     """Whether packed segments stay apart in this model: tried on the model itself, with a few tokens.
 
     Two short texts are run packed, and alone through the model's own attention. A model that ignores the borders, mixes
     tokens by other means, or has an attention of its own kind gives other logits, and is trained with padding instead.
+    So is one that puts a window or chunks into its masks alone, where segments would lose them.
+
+    Args:
+        longest: tokens of the longest example. A window that no example exceeds does not matter; every window does when
+            this is not known.
     """
     vocab = model.get_input_embeddings().weight.shape[0]
-    texts = [torch.arange(5) % vocab, (torch.arange(7) * 3 + 1) % vocab]
-    was_training = model.training
+    windows = {window for window in _windows_of(model.config) if longest is None or window < longest}
+    beyond = [min(window + 3, longest or window + 3) for window in windows if window <= _PROBED_WINDOW]
+    sizes = (5, max([7, *beyond]))
+    texts = [(torch.arange(size) * (2 * i + 1) + i) % vocab for i, size in enumerate(sizes)]
+    was_training, seen = model.training, _Windows()
     model.eval()
     try:
         with torch.no_grad(), quiet():
             alone = torch.cat(
                 [model(input_ids=text[None].to(model.device), use_cache=False).logits[0] for text in texts]
             )
-            with segmented(model):
+            with segmented(model), _set(_seen, seen):
                 packed = _run(model, texts)
-    except (ValueError, TypeError, RuntimeError, AttributeError):
+    except (ValueError, TypeError, RuntimeError, AttributeError, IndexError):
         return False
     finally:
         model.train(was_training)
+    windows |= {window for window in seen.in_masks if longest is None or window < longest}
+    if not windows <= seen.in_calls:
+        return False
     spread = alone.float().std()
     tolerance = 1e-4 if alone.dtype == torch.float32 else 5e-2
     return bool(((alone - packed).float().abs().max() / spread) < tolerance)
+
+
+def _windows_of(config: Any) -> set[int]:
+    """The sizes of the windows and chunks that a config sets, for the layers that it gives them to."""
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None)
+    slides = getattr(text, "use_sliding_window", True) is not False and (not kinds or "sliding_attention" in kinds)
+    is_chunked = not kinds or "chunked_attention" in kinds
+    sizes = {
+        getattr(text, "sliding_window", None) if slides else None,
+        getattr(text, "attention_chunk_size", None) if is_chunked else None,
+    }
+    return {size for size in sizes if isinstance(size, int) and size > 0}
+
+
+@contextlib.contextmanager
+def _set(variable: ContextVar[Any], value: Any) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
 
 
 def _run(model: PreTrainedModel, texts: list[Tensor]) -> Tensor:
@@ -122,7 +176,8 @@ def _packed_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
         lengths = (*lengths, spare)
     if spare := _spare(model, len(columns)):
         columns = torch.cat([columns, columns.new_zeros(spare)])
-    logits = _call(model, ids, columns, position_ids=positions.to(model.device), **borders(lengths, model.device))
+    with _set(_lengths, tuple(lengths)):
+        logits = _call(model, ids, columns, position_ids=positions.to(model.device), **borders(lengths, model.device))
     # There is one row, and its columns are exactly what is wanted: a gather would only cost a scatter backwards.
     return logits[0, : len(batch.columns)]
 

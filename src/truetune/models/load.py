@@ -11,6 +11,7 @@ import torch
 import transformers
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from truetune.checkpoint.side_files import FETCHED, NOT_FETCHED
 from truetune.errors import ConfigError, ModelError
 from truetune.models.names import check_config, needs_code, only_local
 from truetune.models.names import is_local as is_local
@@ -40,12 +41,33 @@ def load_config(name: str, *, revision: str | None = None) -> Any:
         check_config(Path(folder))
     with explained(name), quiet():
         config = AutoConfig.from_pretrained(folder, revision=revision, local_files_only=only_local(name), **_NO_CODE)
+    if not is_local(name) and (snapshot := known_copy(name, revision=revision)):
+        config._commit_hash = snapshot.name  # as older transformers do; a branch may have moved when it is asked again
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError(
             f"--model: {name} is of the kind '{config.model_type}', which is no causal language model",
             ("expected", "a model that continues text, such as llama, qwen3, mistral or gpt2"),
         )
     return config
+
+
+def check_dense(name: str, config: Any) -> None:
+    """Refuse a base whose weights are stored quantised, by what its config says.
+
+    Raises:
+        ModelError: naming the kind of quantisation.
+    """
+    settings = getattr(config, "quantization_config", None)
+    settings = settings or getattr(config.get_text_config(), "quantization_config", None)
+    if not settings:
+        return
+    fields = settings if isinstance(settings, dict) else vars(settings)
+    kind = fields.get("quant_method") or fields.get("quant_algo") or "quantized"
+    raise ModelError(
+        f"--model: the weights of {name} are quantised ({getattr(kind, 'value', kind)}, by its quantization_config)",
+        ("because", "this version does not read quantised checkpoints"),
+        ("way out", "pass the unquantised base that it was made from"),
+    )
 
 
 def checkpoint_dtype(config: Any) -> torch.dtype:
@@ -68,9 +90,10 @@ def load_model(
     Args:
         warn: told about tensors of the checkpoint that the model has no place for.
     Raises:
-        ModelError: not found, unreadable, code needed, or a checkpoint whose tensors do not fit the model.
+        ModelError: not found, unreadable, quantised, code needed, or a checkpoint whose tensors do not fit the model.
     """
     config = config if config is not None else load_config(name, revision=revision)
+    check_dense(name, config)
     folder = name
     if is_local(name):
         folder = str(model_folder(name))
@@ -86,6 +109,7 @@ def load_model(
             ignore_mismatched_sizes=True,  # they are refused below, all of them at once and by name
             **_NO_CODE,
         )
+        _cap_scores(model)
     _check_complete(name, info)
     if warn and (unused := sorted(map(str, info.get("unexpected_keys", ())))):
         warn(f"{len(unused)} tensors in {name} are not used, its config.json has no place for them: {_few(unused, 4)}")
@@ -106,6 +130,12 @@ def skeleton(config: Any, *, dtype: torch.dtype) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()
     return model
+
+
+def _cap_scores(model: PreTrainedModel) -> None:
+    """Older transformers run Gemma 2 on SDPA, which leaves the cap on attention scores out without a word."""
+    if getattr(model.config, "attn_logit_softcapping", None) and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")
 
 
 def _check_complete(name: str, info: Any) -> None:
@@ -190,11 +220,31 @@ def local_copy(name: str, *, revision: str | None = None) -> Path:
         return model_folder(name)
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     with explained(name):
         return Path(
-            snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=only_local(name))
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=list(FETCHED),
+                ignore_patterns=list(NOT_FETCHED),
+                local_files_only=only_local(name),
+            )
         )
+
+
+def known_copy(name: str, *, revision: str | None = None) -> Path | None:
+    """The folder with a model's files where it is on this machine already; nothing is asked of the network.
+
+    Args:
+        revision: of a model of the Hub; the commit that was loaded, where that is known.
+    """
+    if is_local(name):
+        path = Path(name).expanduser()
+        return path if (path / "config.json").is_file() else None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def context_length(config: Any) -> int | None:

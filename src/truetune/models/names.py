@@ -18,7 +18,7 @@ from truetune.errors import ModelError, nearest
 def is_local(name: str) -> bool:
     """Whether a model's name means a folder here: it exists, its parent does, or it is no ``org/model``."""
     path = Path(name).expanduser()
-    if path.exists() or name.startswith((".", "/", "~")) or os.sep != "/":
+    if path.exists() or path.is_absolute() or name.startswith((".", "/", "~")) or "\\" in name:
         return True
     return name.count("/") != 1 or path.parent.is_dir()
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from truetune.errors import ConfigError
 from truetune.ops.probe import gemm_rate
+
+Trains = Literal["nothing", "adapter", "parts", "base"]
 
 
 @dataclass(frozen=True)
@@ -16,7 +19,7 @@ class Precision:
 
     Attributes:
         storage: dtype of the frozen weights.
-        autocast: dtype of the matrix products when it differs from the storage; None when it does not.
+        autocast: dtype of the matrix products where weights of another dtype take part in them; None where none do.
         reason: one sentence for the log.
     """
 
@@ -48,35 +51,70 @@ def choose_device(setting: str) -> str:
 
 
 def choose_precision(
-    setting: str, checkpoint: torch.dtype, *, device: str, trains_base: bool, cpu_bf16_is_fast: bool | None = None
+    setting: str,
+    checkpoint: torch.dtype,
+    *,
+    device: str,
+    trains: Trains = "nothing",
+    because: str = "as asked",
+    bf16_is_fast: bool | None = None,
 ) -> Precision:
     """Decide by the setting, the checkpoint's dtype and what this machine does fast.
 
     Weights that are themselves trained are kept in float32, because bf16 is too coarse to add small updates to; their
-    matrix products still run in the chosen dtype.
+    matrix products still run in the chosen dtype. An adapter widens itself, and the parts of the base that it trains.
 
     Args:
         setting: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
-        cpu_bf16_is_fast: the answer of the probe, when it is known already.
+        trains: ``parts`` is an adapter with parts of the base, ``base`` all of it.
+        because: the reason to give for a setting that is not ``auto``.
+        bf16_is_fast: whether this device computes bf16 fast, when it is known already.
     Raises:
-        ConfigError: float16 on a CPU, which computes it slowly and overflows.
+        ConfigError: float16 on a CPU, which computes it slowly and overflows, or for training.
     """
-    if setting == "float16" and device == "cpu":
-        raise ConfigError(
-            "--dtype float16: CPUs compute it slowly, and training in it overflows",
-            ("way out", "--dtype bfloat16 or float32, or auto"),
-        )
+    _check_float16(setting, device, trains)
     if setting != "auto":
-        compute, reason = getattr(torch, setting), "as asked"
+        compute, reason = getattr(torch, setting), because
     elif checkpoint == torch.float32:
         compute, reason = torch.float32, "the checkpoint's own"
     else:
-        fast = cpu_bf16_is_fast if cpu_bf16_is_fast is not None else device != "cpu" or _bf16_wins()
+        fast = bf16_is_fast if bf16_is_fast is not None else _bf16_is_fast(device)
         compute = torch.bfloat16 if fast else torch.float32
-        reason = "fastest here by probe" if device == "cpu" else "the checkpoint's own"
-    if trains_base and compute != torch.float32:
+        reason = _auto_reason(checkpoint, compute, device)
+    if compute != torch.float32 and trains == "base":
         return Precision(torch.float32, compute, f"{reason}; trained weights stay in float32")
+    if compute != torch.float32 and trains == "parts":
+        return Precision(compute, compute, f"{reason}; the trained parts stay in float32")
     return Precision(compute, None, reason)
+
+
+def _check_float16(setting: str, device: str, trains: Trains) -> None:
+    if setting != "float16":
+        return
+    way_out = ("way out", "--dtype bfloat16 or float32, or auto")
+    if device == "cpu":
+        raise ConfigError("--dtype float16: CPUs compute it slowly, and training in it overflows", way_out)
+    if trains != "nothing":
+        raise ConfigError(
+            "--dtype float16: its small gradients vanish and its large ones overflow; this version does not scale the "
+            "loss against that",
+            way_out,
+        )
+
+
+def _auto_reason(checkpoint: torch.dtype, compute: torch.dtype, device: str) -> str:
+    if compute == checkpoint and device != "cpu":
+        return "the checkpoint's own"
+    why = "wider in range"
+    if device == "cpu":
+        why = "fastest here by probe"
+    elif compute == torch.float32:
+        why = "this device has no bf16"
+    return why if compute == checkpoint else f"{why}, in place of the checkpoint's {name_of(checkpoint)}"
+
+
+def _bf16_is_fast(device: str) -> bool:
+    return _bf16_wins() if device == "cpu" else torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _bf16_wins() -> bool:

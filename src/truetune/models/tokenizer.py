@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from transformers import AutoTokenizer, GenerationConfig
 
 from truetune.errors import ModelError, TemplateError
@@ -89,8 +88,9 @@ class ChatTokenizer:
                     list(messages), chat_template=source, tools=tools, tokenize=False, add_generation_prompt=prompt
                 )
             )
-        except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
-            raise TemplateError(f"the chat template refuses this conversation: {error}") from None
+        except Exception as error:  # a template is the user's program: it may fail in any way a program can
+            said = " ".join(str(error).split()) or type(error).__name__
+            raise TemplateError(f"the chat template refuses this conversation: {said}") from None
 
     def save(self, folder: Path, template: str | None = None) -> None:
         """Write the tokenizer's files, with ``template`` as its chat template when given."""

@@ -5,20 +5,21 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any
 
 from truetune.config.sft import PretrainConfig, SFTConfig, TrainConfig
 from truetune.data import rejects as rejected
 from truetune.data.blocks import cut_into_blocks
-from truetune.data.duplicates import duplicates
+from truetune.data.duplicates import duplicates, shared
 from truetune.data.formats import parse_rows
-from truetune.data.length import limit_lengths
+from truetune.data.length import limit_lengths, truncation
 from truetune.data.mask import encode_rows
 from truetune.data.read import read_rows
 from truetune.data.schema import Reject, Row, TokenSet
 from truetune.data.split import split
-from truetune.data.template import Template, resolve_template
+from truetune.data.template import Template, asks_for_date, pin_date, resolve_template
 from truetune.errors import DataError
 from truetune.models.tokenizer import ChatTokenizer
 from truetune.train.log import Screen
@@ -32,6 +33,8 @@ class Prepared:
     """What training and evaluation run on.
 
     ``report`` is the content of ``data/report.json`` without ``packing_fill``, which is known once the plan is.
+    ``system`` stands in front of conversations that have no system message, ``date`` is the day that the template
+    tells; both are part of every prompt from then on.
     """
 
     train: TokenSet
@@ -39,6 +42,8 @@ class Prepared:
     template: Template | None
     rejects: list[Reject]
     report: dict[str, Any]
+    system: str | None = None
+    date: str | None = None
 
     @property
     def digest(self) -> str:
@@ -58,24 +63,36 @@ def _digest(examples: TokenSet) -> str:
     return digest.hexdigest()
 
 
-def prepare_sft(config: SFTConfig, tokenizer: ChatTokenizer, *, max_length: int, screen: Screen) -> Prepared:
+def prepare_sft(
+    config: SFTConfig, tokenizer: ChatTokenizer, *, max_length: int, screen: Screen, date: str | None = None
+) -> Prepared:
     """Read, check, render and tokenise instruction data.
 
+    Args:
+        date: the day (ISO) that a template tells, as the run was started with; today when None.
     Raises:
         DataError, TemplateError: naming file and row.
     """
     source, held = _sources(config, config.format, screen)
     needs_template = any(row.messages for row in [*source.rows, *held.rows])
     template = resolve_template(config.template, tokenizer) if needs_template else None
+    dated = template is not None and asks_for_date(template)
+    if template is not None and dated:
+        date = date or datetime.now().date().isoformat()
+        template = pin_date(template, date)
+        screen.note(f"the template tells the date: it stays {date}, in this run and in every prompt of its result")
     encode = functools.partial(
         encode_rows, template=template, encoder=tokenizer, train_on=config.train_on, system=config.system
     )
     limit = functools.partial(limit_lengths, max_length=max_length, policy=config.on_overlong, say=screen.warn)
-    return _tokenise(config, source, held, encode, limit, template)
+    prepared = _tokenise(config, source, held, encode, limit, template)
+    return replace(prepared, system=config.system if template else None, date=date if dated else None)
 
 
-def prepare_pretrain(config: PretrainConfig, tokenizer: ChatTokenizer, *, max_length: int, screen: Screen) -> Prepared:
-    """Read raw text, tokenise it and cut it into blocks of ``max_length``."""
+def prepare_pretrain(
+    config: PretrainConfig, tokenizer: ChatTokenizer, *, max_length: int, screen: Screen, date: str | None = None
+) -> Prepared:
+    """Read raw text, tokenise it and cut it into blocks of ``max_length``; there is no template to tell the date."""
     source, held = _sources(config, "text", screen)
     encode = functools.partial(encode_rows, template=None, encoder=tokenizer, train_on="all")
     whole = _tokenise(config, source, held, encode, lambda examples: (examples, []), None)
@@ -99,7 +116,12 @@ def _sources(config: TrainConfig, form: str, screen: Screen) -> tuple[_Source, _
     source = _read(config, config.data, form)
     _say_duplicates(source.rows, screen)
     if config.val_data:
-        return source, _read(config, config.val_data, form)
+        held_out = _read(config, config.val_data, form)
+        if both := shared(source.rows, held_out.rows):
+            named = ", ".join(map(str, both[:3])) + (f", … {len(both) - 3} more" if len(both) > 3 else "")
+            screen.warn(f"{len(both)} of {len(held_out.rows)} rows of --val-data are trained on too, so the held-out "
+                        f"loss flatters the result: {named}")  # fmt: skip
+        return source, held_out
     if not config.val_split:
         return source, _Source([], [], 0)
     train, held = split(source.rows, config.val_split)
@@ -128,8 +150,9 @@ def _tokenise(
     both, apart = ([*bad, *held_bad], []) if config.val_split else (bad, held_bad)
     rejected.raise_if_too_many([*source.rejects, *both], source.read, max_bad_rows=config.max_bad_rows)
     rejected.raise_if_too_many([*held.rejects, *apart], held.read, max_bad_rows=config.max_bad_rows)
-    train, long = limit(train)
-    held_out, held_long = limit(held_out) if held_out else (None, [])
+    whole, held_whole = train, held_out
+    train, long = limit(whole)
+    held_out, held_long = limit(held_whole) if held_whole else (None, [])
     rejects, held_rejects = [*source.rejects, *bad, *long], [*held.rejects, *held_bad, *held_long]
     if not train.trained_count() or (held.rows and not held_out):
         emptied, why = (
@@ -145,12 +168,14 @@ def _tokenise(
         "rejected": rejected.counts([*rejects, *held_rejects] if config.val_split else rejects),
         "tokens": len(train.tokens),
         "trained_tokens": train.trained_count(),
+        "truncated": truncation(whole, train),
         "max_length_seen": int(train.lengths.max()),
         "held_out": None,
     }
-    if held_out:
+    if held_out and held_whole:
         report["held_out"] = {"rows": len(held_out), "tokens": len(held_out.tokens),
-                              "rejected": rejected.counts(held_rejects)}  # fmt: skip
+                              "rejected": rejected.counts(held_rejects),
+                              "truncated": truncation(held_whole, held_out)}  # fmt: skip
     return Prepared(train, held_out, template, [*rejects, *held_rejects], report)
 
 

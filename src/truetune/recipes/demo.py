@@ -6,10 +6,10 @@ import functools
 import json
 import shutil
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from truetune.checkpoint.atomic import write_text, writing
 from truetune.config.demo import DemoConfig
 from truetune.config.generate import GenerateConfig
 from truetune.config.merge import MergeConfig
@@ -19,28 +19,20 @@ from truetune.data.stdlib import HELD_OUT, parses
 from truetune.errors import OutputError
 from truetune.generate.answer import Sampling, answer_all
 from truetune.recipes import demo_data, demo_report, merge, sft
-from truetune.recipes.generate import Speaker, load_speaker
-from truetune.recipes.quality import Quality, measure
+from truetune.recipes.generate import load_speaker
+from truetune.recipes.quality import Contestant, measure, spread
 from truetune.train.log import Screen
 from truetune.train.memory import peak_mb
 
-_MARK = "demo.json"
-_ANSWER_TOKENS = 96
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """One of the models that are compared."""
-
-    speaker: Speaker
-    quality: Quality
-    answers: list[str]
+_MARK, _MADE = "demo.json", ("data", "run", "merged")
+_ANSWER_TOKENS, _ROWS = 96, 200
 
 
 def run(resolved: Resolved[DemoConfig]) -> dict[str, Any]:
     """Run the demo; the table goes to stdout, everything else to stderr."""
     config, screen, began = resolved.config, Screen(), time.perf_counter()
     out = _fresh(Path(config.out).expanduser())
+    write_text(out / _MARK, "{}")
     base = demo_data.base_folder()
     screen.say("demo", "teach a tiny model to write the body of a Python function from its signature and docstring")
     train, held_out = demo_data.rows(out / "data")
@@ -67,23 +59,29 @@ def run(resolved: Resolved[DemoConfig]) -> dict[str, Any]:
         "merged": str(merged),
     }
     demo_report.show(facts, before, after, questions)
-    (out / _MARK).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    write_text(out / _MARK, json.dumps(facts, indent=1))
     return facts
 
 
 def _fresh(out: Path) -> Path:
-    """An empty folder for this demo; only a former demo's may be replaced."""
-    if out.is_dir() and (out / "data" / "heldout.jsonl").is_file():
-        shutil.rmtree(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputError(f"--out: {out} holds something that is no demo", ("way out", "--out with another folder"))
+    """An empty folder for this demo. What a former demo made there goes; anything else in it is not ours to touch."""
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        if (out / _MARK).is_file():
+            for name in _MADE:
+                shutil.rmtree(out / name, ignore_errors=True)
+            (out / _MARK).unlink()
+        if left := sorted(path.name for path in out.iterdir()):
+            raise OutputError(
+                f"--out: {out} holds what is no demo's: {', '.join(left[:5])}", ("way out", "--out with another folder")
+            )
     return out
 
 
 def _questions(held_out: Path, count: int) -> list[str]:
-    """Held-out prompts, spread evenly over the file, which is ordered by module."""
+    """Prompts from all over the held-out modules."""
     rows = [json.loads(line)["prompt"] for line in held_out.read_text(encoding="utf-8").splitlines()]
-    return [rows[i * len(rows) // count] for i in range(min(count, len(rows)))]
+    return spread(rows, count)
 
 
 def _contestant(held_out: Path, questions: list[str], screen: Screen, name: str, **source: Any) -> Contestant:
@@ -93,4 +91,4 @@ def _contestant(held_out: Path, questions: list[str], screen: Screen, name: str,
     sampling = Sampling(_ANSWER_TOKENS)
     answers = answer_all(speaker.model, prompts, stop_ids=speaker.stop_ids, sampling=sampling)
     texts = [speaker.tokenizer.hf.decode(ids, skip_special_tokens=True) for ids in answers]
-    return Contestant(speaker, measure(speaker, held_out, limit=200), texts)
+    return Contestant(speaker, measure(speaker, held_out, limit=_ROWS), texts)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich import box
-from rich.columns import Columns
 from rich.console import Console
 from rich.panel import Panel
 from rich.syntax import Syntax
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from truetune.recipes.demo import Contestant
+from truetune.recipes.quality import Contestant
 
 
 def facts(
@@ -49,33 +48,49 @@ def show(facts: dict[str, Any], before: Contestant, after: Contestant, questions
     table.add_row("next token right", *(f"{v:.1%}" for v in facts["accuracy"]))
     table.add_row("answers that are valid Python", *(f"{v:.0%}" for v in facts["parses"]))
     console.print(table)
-    index = _example(before, after, questions)
+    index = _example(after, questions)
     console.print("one question, two answers", style="bold")
     console.print(_code(questions[index], "the question"))
     halves = [_code(c.answers[index], name) for c, name in ((before, "base"), (after, "with adapter"))]
-    console.print(Columns(halves, equal=True, expand=True) if console.width >= 100 else halves[0])
-    if console.width < 100:
-        console.print(halves[1])
+    if console.width >= 100:
+        pair = Table.grid(expand=True)
+        pair.add_column(ratio=1)
+        pair.add_column(ratio=1)
+        pair.add_row(*halves)
+        console.print(pair)
+    else:
+        console.print(*halves)
     console.print(
         f"proof    merged against base + adapter ({facts['dtype']}): largest logit difference "
         f"{facts['merged_max_logit_difference']:.3g}, same first choice {facts['merged_top1_agreement']:.1%}, "
         f"same answer {facts['merged_same_answers']} of {facts['questions']}"
     )
     console.print(
-        f"cost     {facts['seconds']:.0f} s in all, {facts['train_seconds']:.0f} s of it training at "
+        f"cost     {facts['seconds']:.0f} s in all, {facts['train_seconds']:.0f} s of it tuning at "
         f"{facts['tok_s']:,.0f} tokens/s · peak {facts['peak_mb'] / 1e3:.1f} GB"
     )
     console.print(f"model    {facts['merged']}")
-    console.print(
-        f"next     truetune generate --model {facts['merged']} --prompt "
-        '\'def is_empty(path):\n    """Return True if the file at path has no content."""\''
-    )
+    console.print(f"next     {ask(facts['merged'])}", soft_wrap=True)
 
 
-def _example(before: Contestant, after: Contestant, questions: Sequence[str]) -> int:
-    """The question to show: among those the adapter answers in a few lines, the one with the longest docstring."""
-    short = [i for i, a in enumerate(after.answers) if 2 <= len(a.splitlines()) <= 8 and len(questions[i]) < 400]
-    return max(short or range(len(questions)), key=lambda i: (len(after.answers[i].splitlines()), -i))
+def _example(after: Contestant, questions: Sequence[str]) -> int:
+    """The question to show: a short one with an answer of three to six lines, in the middle of those there are.
+
+    Chosen by its shape alone: picking the best answer would promise more than the figures above hold.
+    """
+    short = [
+        i
+        for i, answer in enumerate(after.answers)
+        if 3 <= len(answer.splitlines()) <= 6 and len(questions[i]) < 260 and max(map(len, answer.splitlines())) < 90
+    ]
+    return short[len(short) // 2] if short else 0
+
+
+def ask(model: str) -> str:
+    """A command line that puts a question to the model."""
+    program = sys.argv[0] if sys.argv[0].startswith(".venv") else "truetune"
+    question = 'def is_empty(path):\n    """Return True if the file at path has no content."""'
+    return f"{program} generate --model {model} --prompt '{question}'"
 
 
 def _code(text: str, title: str) -> Panel:

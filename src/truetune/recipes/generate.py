@@ -31,12 +31,14 @@ class Speaker:
     tokenizer: ChatTokenizer
     template: Template | None
     stop_ids: frozenset[int]
+    system: str | None = None  # the message that training put in front where there was none
 
     def prompt_ids(self, prompt: str, system: str | None = None) -> list[int]:
-        """The ids of a prompt, worded exactly as in training."""
+        """The ids of a prompt, worded exactly as in training, with ``system`` in place of its system message."""
         if self.template is None:
             text = self.tokenizer.bos_token + prompt
         else:
+            system = self.system if system is None else system
             head = (Message("system", system),) if system is not None else ()
             turn = Message("user", prompt, instruction=prompt, input="")
             text = self.template.render(self.tokenizer, (*head, turn), prompt=True)
@@ -50,7 +52,8 @@ def run(resolved: Resolved[GenerateConfig]) -> dict[str, Any]:
     prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
     ids = speaker.prompt_ids(prompt, config.system)
     _check_prompt(ids, speaker)
-    sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.seed)
+    longest, limit = _longest_answer(config.max_new_tokens, ids, speaker)
+    sampling = Sampling(longest, config.temperature, config.top_p, config.seed)
     began = time.perf_counter()
 
     def show(text: str) -> None:
@@ -61,7 +64,7 @@ def run(resolved: Resolved[GenerateConfig]) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     show("\n")
     stopped = bool(new) and new[-1] in speaker.stop_ids
-    why = "stopped by itself" if stopped else f"cut at --max-new-tokens {config.max_new_tokens}"
+    why = "stopped by itself" if stopped else f"cut at {limit}"
     screen.say("done", f"{len(new)} tokens, {why} · {len(new) / seconds:,.1f} tok/s")
     text = speaker.tokenizer.hf.decode(new, skip_special_tokens=True)
     return {"text": text, "prompt_tokens": len(ids), "new_tokens": len(new), "stopped": stopped,
@@ -83,6 +86,14 @@ def _check_prompt(ids: Sequence[int], speaker: Speaker) -> None:
         )
 
 
+def _longest_answer(asked: int, ids: Sequence[int], speaker: Speaker) -> tuple[int, str]:
+    """``(tokens, what sets this limit)``: behind its context a model has no positions, or none that it knows."""
+    context = load.context_length(speaker.model.config)
+    if context and len(ids) + asked > context:
+        return context - len(ids), f"the model's context of {context:,} tokens"
+    return asked, f"--max-new-tokens {asked}"
+
+
 def load_speaker(config: GenerateConfig, screen: Screen) -> Speaker:
     """Load what the config names, adapter and template included.
 
@@ -93,11 +104,12 @@ def load_speaker(config: GenerateConfig, screen: Screen) -> Speaker:
     model_config = load.load_config(config.model, revision=config.revision)
     tokenizer = ChatTokenizer.load(config.model, revision=config.revision)
     file = files.read(Path(config.adapter).expanduser()) if config.adapter else None
-    if file is not None and load.is_local(config.model):
-        check_base(file, load.model_folder(config.model), allow_other=config.allow_other_base)
+    if file is not None:
+        base = load.local_copy(config.model, revision=config.revision)
+        check_base(file, config.model, base, allow_other=config.allow_other_base)
     card = file.card if file else {}
     template = _template(config.template, card, tokenizer, screen)
-    precision = choose_precision(config.dtype, load.checkpoint_dtype(model_config), device=device, trains_base=False)
+    precision = choose_precision(config.dtype, load.checkpoint_dtype(model_config), device=device)
     model = load.load_model(
         config.model, dtype=precision.storage, device=device, revision=config.revision, config=model_config,
         warn=screen.warn,
@@ -105,7 +117,8 @@ def load_speaker(config: GenerateConfig, screen: Screen) -> Speaker:
     if file is not None:
         files.load(model, file)
         model.eval()
-    return Speaker(model, tokenizer, template, tokenizer.stop_ids | frozenset(card.get("stop_ids", ())))
+    stop_ids = tokenizer.stop_ids | frozenset(card.get("stop_ids", ()))
+    return Speaker(model, tokenizer, template, stop_ids, card.get("system"))
 
 
 def _template(setting: str, card: Any, tokenizer: ChatTokenizer, screen: Screen) -> Template | None:
@@ -114,6 +127,10 @@ def _template(setting: str, card: Any, tokenizer: ChatTokenizer, screen: Screen)
     if setting == "auto":
         if trained := card.get("template"):
             return Template(trained["name"], trained["source"])
+        if "template" in card:
+            screen.note("the adapter was trained on bare text, without a chat template: the prompt is continued as it "
+                        "is; --template NAME words it as a conversation")  # fmt: skip
+            return None
         if tokenizer.own_template is None:
             screen.note("no chat template is known: the prompt is continued as bare text")
             return None

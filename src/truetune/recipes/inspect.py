@@ -12,7 +12,6 @@ from truetune.adapters import files
 from truetune.checkpoint import atomic, run_state
 from truetune.checkpoint.tensors import open_index
 from truetune.config.inspect import InspectConfig
-from truetune.config.methods import METHODS
 from truetune.config.resolve import Resolved
 from truetune.data.duplicates import duplicates
 from truetune.data.formats import detect, parse_rows
@@ -22,6 +21,7 @@ from truetune.data.sources import suffix_of
 from truetune.errors import DataError, nearest
 from truetune.models import load
 from truetune.recipes.resume import read_settings
+from truetune.train.log import whole_rows
 
 
 def run(resolved: Resolved[InspectConfig]) -> dict[str, Any]:
@@ -86,7 +86,6 @@ def _has_template(path: Path) -> bool:
 def _adapter(path: Path) -> dict[str, Any]:
     file = files.read(path)
     card, lora = file.card, file.lora
-    capabilities = [name for name, able in vars(METHODS["lora"]).items() if able]
     return {
         "kind": "adapter",
         "method": "lora",
@@ -98,7 +97,6 @@ def _adapter(path: Path) -> dict[str, Any]:
         "tensors": len(file.tensors),
         "parameters": sum(t.numel() for t in file.tensors.values()),
         "size_mb": round(sum(t.numel() * t.element_size() for t in file.tensors.values()) / 1e6, 2),
-        "capabilities": capabilities,
         "template": (card.get("template") or {}).get("name"),
         "base_sha256": (card.get("base") or {}).get("weights_sha256"),
         "metrics": card.get("metrics"),
@@ -123,8 +121,7 @@ def _checkpoint(path: Path) -> dict[str, Any]:
 def _run(path: Path) -> dict[str, Any]:
     flat = read_settings(path)
     newest, damaged = run_state.newest(path)
-    rows = (path / "log.jsonl").read_text(encoding="utf-8").splitlines() if (path / "log.jsonl").is_file() else []
-    losses = [json.loads(row) for row in rows if '"loss"' in row]
+    losses = [json.loads(row) for row in whole_rows(path / "log.jsonl") if '"loss"' in row]
     result = next((str(path / name) for name in ("adapter", "model") if (path / name).is_dir()), None)
     return {
         "kind": "run",

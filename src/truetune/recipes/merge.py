@@ -10,6 +10,7 @@ from truetune.adapters import files
 from truetune.checkpoint.tensors import open_index
 from truetune.config.merge import MergeConfig
 from truetune.config.resolve import Resolved
+from truetune.data.template import with_default_system
 from truetune.errors import ModelError
 from truetune.export.fold import fold
 from truetune.export.merge import merge_checkpoint
@@ -22,14 +23,18 @@ from truetune.train.memory import peak_mb
 def run(resolved: Resolved[MergeConfig]) -> dict[str, Any]:
     """Merge as the config says; returns what ``--json`` prints."""
     config, screen = resolved.config, Screen()
+    load.check_dense(config.model, load.load_config(config.model, revision=config.revision))
     base = load.local_copy(config.model, revision=config.revision)
     file = files.read(Path(config.adapter).expanduser())
-    check_base(file, base, allow_other=config.allow_other_base)
+    check_base(file, config.model, base, allow_other=config.allow_other_base)
     model_config = load.load_config(str(base))
     model = load.skeleton(model_config, dtype=load.checkpoint_dtype(model_config))
     files.load(model, file)
     changes = fold(model, file, open_index(base), prefix=model.base_model_prefix)
     screen.say("merge", f"{config.adapter} → {config.model}: {len(changes.edits)} tensors change")
+    if file.card and file.card.get("template", "") is None:
+        screen.note("the adapter was trained on bare text, without a chat template; one that the base has stays with "
+                    "the model, which was not trained on it: generate --template none")  # fmt: skip
     if changes.config:
         screen.note("the head was tied to the embedding table; the adapter changed one of the two, so both are written")
     report = merge_checkpoint(
@@ -54,9 +59,10 @@ def run(resolved: Resolved[MergeConfig]) -> dict[str, Any]:
 def _extra_files(base: Path, file: files.AdapterFile) -> dict[str, bytes | Path]:
     """The template that trained the adapter, and the stop tokens it taught, go with the merged model."""
     extra: dict[str, bytes | Path] = {}
-    template = file.card.get("template")
-    if template and template["name"] != "own":
-        extra["chat_template.jinja"] = template["source"].encode()
+    template, system = file.card.get("template"), file.card.get("system")
+    # The base's own is there already, unless it was trained with a system message or the date of a day.
+    if template and (template["name"] != "own" or system is not None or file.card.get("date")):
+        extra["chat_template.jinja"] = with_default_system(template["source"], system).encode()
     generation = _generation(base)
     known = generation.get("eos_token_id")
     known = known if isinstance(known, list) else [known] if known is not None else []

@@ -51,13 +51,13 @@ def outline(setup: Setup, screen: Screen) -> dict[str, Any]:
         micro_tokens=min(plan.micro_tokens, _step_tokens(plan)),
     )
     seconds = _seconds(setup, plan, everything, share)
-    available = available_mb()
+    available = available_mb(setup.device)
     screen.say(
         "plan",
         f"{plan.steps} steps of {config.batch_size} examples · about {_duration(seconds)} · "
-        f"peak {estimate.total / 1e3:.1f} GB of {available / 1e3:.0f} GB free",
+        f"peak {estimate.total / 1e3:.1f} GB" + (f" of {available / 1e3:.0f} GB free" if available is not None else ""),
     )
-    if estimate.total > available:
+    if available is not None and estimate.total > available:
         screen.warn("this may not fit in memory: lower --micro-tokens or --max-length, or take a smaller model")
     return {
         "steps": plan.steps,
@@ -103,8 +103,9 @@ def fill(plan: StepPlan) -> float:
     if plan.packing:
         return 1.0
     real = computed = 0
+    all_lengths = plan.data.lengths.tolist()
     for step in range(min(plan.steps, -(-len(plan.data) // plan.batch_size))):
-        lengths = [int(plan.data.lengths[i]) for i in plan.examples(step)]
+        lengths = [all_lengths[i] for i in plan.examples(step)]
         for members in group(lengths, plan.micro_tokens, packing=False):
             real += sum(lengths[i] for i in members)
             computed += len(members) * max(lengths[i] for i in members)
@@ -154,11 +155,11 @@ def _say_data(setup: Setup, screen: Screen) -> None:
 
 def _say_model(setup: Setup, screen: Screen, *, base: int, trained: int, sites: int) -> None:
     config = setup.config
-    storage = setup.precision.storage
+    storage, products = setup.precision.storage, setup.precision.autocast
     screen.say(
         "model",
         f"{config.model}  {_count(base)}, {name_of(storage)} ({setup.precision.reason})"
-        + (f", products in {name_of(setup.precision.autocast)}" if setup.precision.autocast else ""),
+        + (f", products in {name_of(products)}" if products not in (None, storage) else ""),
     )
     how = f"r {config.rank}, alpha {config.alpha:g} on {sites} layers" if sites else "every weight"
     screen.say("method", f"{config.method}  {how} · {_count(trained)} trained ({trained / base:.1%})")
@@ -166,7 +167,8 @@ def _say_model(setup: Setup, screen: Screen, *, base: int, trained: int, sites: 
 
 def _step_tokens(plan: StepPlan) -> int:
     """Tokens of the largest of the first steps: a micro-batch can't hold more than its step."""
-    return max(sum(int(plan.data.lengths[i]) for i in plan.examples(step)) for step in range(min(plan.steps, 20)))
+    lengths: list[int] = plan.data.lengths.tolist()
+    return max(sum(lengths[i] for i in plan.examples(step)) for step in range(min(plan.steps, 20)))
 
 
 def _seconds(setup: Setup, plan: StepPlan, parameters: int, share: float) -> float:

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 import torch
 
 from truetune.data.formats import parse_rows
 from truetune.data.mask import encode_rows
-from truetune.data.pack import Batch
 from truetune.data.plan import sequential_batches
 from truetune.data.read import read_rows
 from truetune.eval.perplexity import Evaluation, evaluate
 from truetune.models import attention
 from truetune.models.precision import Precision
+from truetune.recipes.generate import Speaker
 
-if TYPE_CHECKING:
-    from truetune.recipes.generate import Speaker
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -27,17 +27,33 @@ class Quality:
     """Loss and accuracy on held-out answers, and the logits of the first batch for comparing two models."""
 
     evaluation: Evaluation
-    batch: Batch
-    logits: torch.Tensor  # [n, vocab], of ``batch``
+    logits: torch.Tensor  # [n, vocab] float32, at the n trained tokens of the first batch
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One of the models that are compared: how it does on held-out rows, and what it answered."""
+
+    speaker: Speaker
+    quality: Quality
+    answers: list[str]
+
+
+def spread(rows: Sequence[T], count: int) -> list[T]:
+    """``count`` rows, evenly over a file that is ordered by module; all of them when there are no more."""
+    count = min(count, len(rows))
+    return [rows[i * len(rows) // count] for i in range(count)]
 
 
 def measure(speaker: Speaker, path: Path, *, limit: int, max_tokens: int = 2048) -> Quality:
-    """Evaluate on the first ``limit`` rows of a file, worded by the speaker's template."""
+    """Evaluate on ``limit`` rows spread over a file, worded by the speaker's template."""
     rows, _ = parse_rows(read_rows([str(path)])[0], "auto")
-    examples, _ = encode_rows(rows[:limit], speaker.template, speaker.tokenizer, train_on="assistant")
+    examples, _ = encode_rows(
+        spread(rows, limit), speaker.template, speaker.tokenizer, train_on="assistant", system=speaker.system
+    )
     batches = sequential_batches(examples, max_tokens, packing=True)
     precision = Precision(speaker.model.dtype, None, "as loaded")
     with attention.segmented(speaker.model), torch.no_grad():
         logits = functools.partial(attention.trained_logits, speaker.model)
         evaluation = evaluate(logits, batches, autocast=functools.partial(precision.context, speaker.model.device.type))
-        return Quality(evaluation, batches[0], logits(batches[0]).float())
+        return Quality(evaluation, logits(batches[0]).float())

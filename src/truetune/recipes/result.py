@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +11,11 @@ import truetune
 from truetune.checkpoint.atomic import atomic_folder, sha256, write_text
 from truetune.checkpoint.run_state import Progress, read_progress, write_trained
 from truetune.data.sources import find_files
+from truetune.data.template import with_default_system
 from truetune.eval.perplexity import Evaluation
 from truetune.models import load
 from truetune.recipes import run_report
+from truetune.recipes.adapter import base_name, describe_base
 from truetune.train.log import Screen
 from truetune.train.memory import peak_mb
 
@@ -30,7 +31,7 @@ def finish(
     card = make_card(setup, progress, evaluation)
     if setup.config.method == "lora":
         with atomic_folder(out / "adapter", manifest=False) as folder:
-            write_trained(model, folder, base=_base_name(setup), card=card)
+            write_trained(model, folder, base=base_name(setup.config.model), card=card)
             _lift(folder / "adapter", folder)
         where = out / "adapter"
     else:
@@ -44,7 +45,8 @@ def finish(
         if evaluation and progress.first_loss is not None
         else ""
     )
-    screen.say("done", f"{progress.step} steps in {seconds:.0f} s · loss {result['loss']:.4f}{held}")
+    loss = f" · loss {losses['train'][-1][1]:.4f}" if losses["train"] else ""
+    screen.say("done", f"{progress.step} steps in {seconds:.0f} s{loss}{held}")
     if progress.best_step not in (None, progress.step) and setup.config.select == "last":
         screen.note(f"step {progress.best_step} had the lowest held-out loss; it is kept in {out}/checkpoints")
     screen.note(f"result: {where} · report: {out}/report.md")
@@ -81,12 +83,12 @@ def _summary(setup: Setup, card: dict[str, Any], where: Path, *, seconds: float)
         "steps": metrics["steps"],
         "tokens": metrics["tokens"],
         "trained_tokens": metrics["trained_tokens"],
-        "loss": losses[-1][1] if losses else math.nan,
+        "loss": losses[-1][1] if losses else None,
         "val_loss_before": metrics["held_out_loss_before"],
         "val_loss": metrics["held_out_loss"],
         "val_accuracy": metrics["held_out_accuracy"],
         "best_step": metrics["best_step"],
-        "peak_mb": round(peak_mb(), 1),
+        "peak_mb": round(peak_mb(setup.device), 1),
         "tok_s": run_report.speed(setup.folder.log),
         "seconds": round(seconds, 2),
     }
@@ -95,16 +97,12 @@ def _summary(setup: Setup, card: dict[str, Any], where: Path, *, seconds: float)
 def make_card(setup: Setup, progress: Progress, evaluation: Evaluation | None) -> dict[str, Any]:
     """``truetune.json``: all that is needed to load the result the way it was trained."""
     config, template = setup.config, setup.prepared.template
-    local = load.is_local(config.model)
     return {
         "format": 1,
-        "base": {
-            "name": _base_name(setup),
-            "revision": config.revision,
-            "weights_sha256": load.weight_hash(load.model_folder(config.model)) if local else None,
-            "architecture": (setup.model_config.architectures or [None])[0],
-        },
+        "base": describe_base(config.model, config.revision, setup.model_config),
         "template": {"name": template.name, "source": template.source, "sha256": template.digest} if template else None,
+        "system": setup.prepared.system,
+        "date": setup.prepared.date,
         # Only stop tokens that were really trained; the tokenizer may know more.
         "stop_ids": sorted(set(setup.prepared.train.ends().tolist()) & setup.tokenizer.stop_ids),
         "quantisation": None,
@@ -131,8 +129,9 @@ def _write_model(setup: Setup, model: Any, path: Path, card: dict[str, Any]) -> 
     """The fully tuned model, in its checkpoint's dtype, loadable by transformers."""
     with atomic_folder(path, manifest=False) as folder:
         load.save_model(model.to(load.checkpoint_dtype(setup.model_config)), folder)
-        template = setup.prepared.template
-        setup.tokenizer.save(folder, template.source if template else None)
+        prepared = setup.prepared
+        template = with_default_system(prepared.template.source, prepared.system) if prepared.template else None
+        setup.tokenizer.save(folder, template)
         (folder / "truetune.json").write_text(json.dumps(card, indent=2, ensure_ascii=False), encoding="utf-8")
     return path
 
@@ -141,8 +140,3 @@ def _lift(inner: Path, outer: Path) -> None:
     for file in inner.iterdir():
         file.rename(outer / file.name)
     inner.rmdir()
-
-
-def _base_name(setup: Setup) -> str:
-    name = setup.config.model
-    return str(Path(name).expanduser().resolve()) if load.is_local(name) else name

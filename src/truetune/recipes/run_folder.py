@@ -13,6 +13,7 @@ from typing import Any
 
 from truetune.checkpoint import run_state
 from truetune.checkpoint.atomic import write_text, writing
+from truetune.checkpoint.disk import existing
 from truetune.config.resolve import Resolved
 from truetune.config.sft import TrainConfig
 from truetune.errors import CheckpointError, OutputError
@@ -139,9 +140,7 @@ def _is_empty(path: Path) -> bool:
 
 
 def _check_writable(path: Path) -> None:
-    parent = path
-    while not parent.exists():
-        parent = parent.parent
+    parent = existing(path)
     if not parent.is_dir():
         raise OutputError(f"--out: {parent} is a file, not a folder", ("way out", "choose another --out"))
     with writing(path):

@@ -89,18 +89,23 @@ def _set_up(resolved: Resolved[Any], prepare: Prepare, screen: Screen) -> Setup:
     device = choose_device(config.device)
     folder = open_run(resolved, screen)
     model_config = load.load_config(config.model, revision=config.revision)
+    load.check_dense(config.model, model_config)
     tokenizer = ChatTokenizer.load(config.model, revision=config.revision)
     max_length = load.usable_length(model_config, config.max_length)
-    prepared = prepare(config, tokenizer, max_length=max_length, screen=screen)
-    trains_base = config.method == "full" or bool(config.trainable)
     facts = resume.facts_of(folder.checkpoint)
+    prepared = prepare(config, tokenizer, max_length=max_length, screen=screen, date=facts.get("date"))
     precision = choose_precision(
-        facts.get("compute", config.dtype), load.checkpoint_dtype(model_config), device=device, trains_base=trains_base
+        facts.get("compute", config.dtype),
+        load.checkpoint_dtype(model_config),
+        device=device,
+        trains="base" if config.method == "full" else "parts" if config.trainable else "adapter",
+        because="as this run was started" if "compute" in facts else "as asked",
     )
     now = {
         "data": prepared.digest,
         "held_out": prepared.held_out_digest,
-        "base": load.fingerprint(load.model_folder(config.model)) if load.is_local(config.model) else None,
+        "date": prepared.date,
+        "base": _base_identity(config.model, model_config),
         "compute": str(precision.autocast or precision.storage).removeprefix("torch."),
         "environment": resume.environment(),
     }
@@ -108,12 +113,20 @@ def _set_up(resolved: Resolved[Any], prepare: Prepare, screen: Screen) -> Setup:
     return Setup(config, folder, tokenizer, model_config, prepared, precision, device, facts | now)
 
 
+def _base_identity(model: str, model_config: Any) -> str | None:
+    """What a resumed run must find again: a fingerprint of the files, or the commit of a model of the Hub."""
+    if load.is_local(model):
+        return load.fingerprint(load.model_folder(model))
+    return getattr(model_config, "_commit_hash", None)
+
+
 def _plan(setup: Setup, model: Any, screen: Screen) -> StepPlan:
     config, facts = setup.config, setup.facts
     resumed = "packing" in facts
     packing = facts.get("packing", config.packing)
     if packing is None or (packing and not resumed):
-        able = attention.supports_segments(model)
+        sets = [found for found in (setup.prepared.train, setup.prepared.held_out) if found]
+        able = attention.supports_segments(model, longest=max(int(found.lengths.max()) for found in sets))
         if packing and not able:
             screen.warn("--packing: this model does not keep packed rows apart; rows are padded instead")
         elif not able:

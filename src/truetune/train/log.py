@@ -46,7 +46,7 @@ class RunLog:
     def __init__(self, path: Path, screen: Screen, *, steps: int, start: int, every: int) -> None:
         self.path, self.screen, self.steps, self.every = path, screen, steps, every
         with writing(path.parent):
-            kept = [line for line in _rows(path) if json.loads(line)["step"] <= start] if start else []
+            kept = [line for line in whole_rows(path) if json.loads(line)["step"] <= start] if start else []
             write_text(path, "".join(kept))
             # Unbuffered: a row that a full disk refuses must not come back when the file is closed.
             self._file = path.open("ab", buffering=0)
@@ -109,7 +109,7 @@ class RunLog:
             self.screen.note(text)
 
 
-def _rows(path: Path) -> list[str]:
+def whole_rows(path: Path) -> list[str]:
     """The whole lines of a log; one cut short by a kill is not a row."""
     if not path.exists():
         return []

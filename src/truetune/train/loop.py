@@ -81,7 +81,7 @@ def _step(run: Run, progress: Progress) -> Progress:
     if not math.isfinite(norm):
         what = f"the gradient is not finite; {UNTOUCHED}"
         raise NonFiniteStepError(what, step=step + 1, examples=run.plan.examples(step))
-    run.log.step(step + 1, _row(result, rate, norm))
+    run.log.step(step + 1, _row(result, rate, norm, run.parameters[0].device.type))
     return replace(
         progress,
         step=step + 1,
@@ -90,14 +90,14 @@ def _step(run: Run, progress: Progress) -> Progress:
     )
 
 
-def _row(result: StepResult, rate: float, norm: float) -> dict[str, float | int]:
+def _row(result: StepResult, rate: float, norm: float, device: str) -> dict[str, float | int]:
     return {
         "loss": result.loss,
         "tokens": result.tokens,
         "trained_tokens": result.trained_tokens,
         "lr": rate,
         "grad_norm": norm,
-        "peak_mb": round(peak_mb(), 1),
+        "peak_mb": round(peak_mb(device), 1),
     }
 
 

@@ -7,9 +7,9 @@ import sys
 import torch
 
 
-def peak_mb() -> float:
+def peak_mb(device: str = "cpu") -> float:
     """Peak resident memory of this process in MB (10^6 bytes); on CUDA the device's, which is what runs out there."""
-    if torch.cuda.is_available() and torch.cuda.memory_allocated():
+    if device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
     try:  # not ru_maxrss where this exists: a process inherits its parent's mark across exec
         with open("/proc/self/status", encoding="ascii", errors="replace") as file:
@@ -24,13 +24,16 @@ def peak_mb() -> float:
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
-def available_mb() -> float:
-    """Memory that can still be taken, in MB: the device's on CUDA, else what the system says is free or reclaimable."""
-    if torch.cuda.is_available() and torch.cuda.memory_allocated():
+def available_mb(device: str = "cpu") -> float | None:
+    """Memory that can still be taken, in MB: the device's on CUDA, else what the system says is free or reclaimable.
+
+    None where the system has no ``/proc`` to say it.
+    """
+    if device == "cuda":
         return torch.cuda.mem_get_info()[0] / 1e6
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             fields = dict(line.split(":", 1) for line in file)
         return int(fields["MemAvailable"].split()[0]) * 1024 / 1e6
     except (OSError, KeyError, ValueError):
-        return 8_000.0  # a system without /proc: assume a small laptop
+        return None

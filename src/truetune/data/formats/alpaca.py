@@ -33,11 +33,11 @@ def parse(raw: RawRow) -> Row:
     """A conversation: system (if given), earlier turns, the user's turn, the answer.
 
     Raises:
-        RowError: ``not_an_object``, ``missing_field``, ``wrong_type``, ``empty_output``.
+        RowError: ``not_an_object``, ``missing_field``, ``wrong_type``, ``empty_output``, ``two_inputs``.
     """
     value = _flat(expect_object(raw.value))
     instruction = text_field(value, "instruction")
-    added = optional_text(value, "input" if "input" in value else "context")
+    added = _added(value)
     answer = answer_field(value, "response" if "output" not in value and "response" in value else "output")
     system = optional_text(value, "system")
     messages = [Message("system", system)] if system else []
@@ -45,6 +45,14 @@ def parse(raw: RawRow) -> Row:
     messages += [_question(instruction, added), Message("assistant", answer)]
     check_answers(messages)
     return Row(raw.origin, messages=tuple(messages))
+
+
+def _added(value: Mapping[str, Any]) -> str:
+    """`input` or `context`, whichever says something; tables that were joined have both columns."""
+    added, context = optional_text(value, "input"), optional_text(value, "context")
+    if added.strip() and context.strip() and added != context:
+        raise RowError("two_inputs", "`input` and `context` are both there and differ: keep one, or join the two")
+    return context if context.strip() and not added.strip() else added or context
 
 
 def _question(instruction: str, added: str) -> Message:

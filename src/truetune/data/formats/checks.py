@@ -90,14 +90,17 @@ def answer_field(value: Mapping[str, Any], name: str, *, where: str = "") -> str
 
 
 def check_answers(messages: Sequence[Message]) -> None:
-    """At least one answer of the assistant with something in it.
+    """At least one answer of the assistant, and something in each: a blank one would teach to say nothing.
 
     Raises:
         RowError: ``no_answer`` or ``empty_output``.
     """
-    answers = [message.content for message in messages if message.role == "assistant"]
-    if any(answer.strip() for answer in answers):
+    answers = [(number, message.content) for number, message in enumerate(messages, 1) if message.role == "assistant"]
+    blank = [str(number) for number, answer in answers if not answer.strip()]
+    if answers and not blank:
         return
+    if len(blank) < len(answers):
+        raise RowError("empty_output", f"message {', '.join(blank)}: the answer is empty or white space only")
     if answers:
         raise RowError("empty_output", "every assistant message is empty or white space only: nothing to learn from")
     if all(message.role == "system" for message in messages):
