@@ -5,6 +5,7 @@ Nothing in this file needs ``../shared``.
 
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's client is imported: no test may reach for the network
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TRUETUNE_CACHE"] = tempfile.mkdtemp(prefix="truetune-tests-")  # no test reads or writes the user's own
 
 import torch
 
