@@ -1,4 +1,4 @@
-"""The house stands: imports go down only, the light rooms stay light, and no room becomes an attic (DESIGN.md, 1)."""
+"""The house stands: imports go down only, the light rooms stay light, and no room becomes an attic."""
 
 import ast
 import subprocess

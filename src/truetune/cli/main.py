@@ -41,7 +41,7 @@ COMMANDS: dict[str, Command] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit code (DESIGN.md section 7)."""
+    """Run a command; returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     # Said before any library is imported that would phone home or spin up worker threads of its own.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

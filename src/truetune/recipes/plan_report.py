@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # Share of the measured matrix rate that a whole step reaches; the rest is attention, norms and memory traffic.
 _STEP_EFFICIENCY = 0.3
+# Attention of one short example in one layer, forward and backward, on two cores.
+_SECONDS_PER_SEGMENT = 0.001
 
 
 def outline(setup: Setup, screen: Screen) -> dict[str, Any]:
@@ -177,8 +179,9 @@ def _seconds(setup: Setup, plan: StepPlan, parameters: int, share: float) -> flo
         setup.model_config, parameters, trained_share=share, trains_base=setup.config.method == "full"
     )
     rate = gemm_rate(setup.precision.autocast or setup.precision.storage, setup.device) * 1e9 * _STEP_EFFICIENCY
-    # A step costs some milliseconds per layer of dispatch however little it computes.
-    return tokens * flops / rate + plan.steps * 0.05
+    # Attention runs example by example, and a step costs some time to hand out however little it computes.
+    segments = plan.total * text_shape(setup.model_config)["layers"] * _SECONDS_PER_SEGMENT
+    return tokens * flops / rate + segments + plan.steps * 0.05
 
 
 def _duration(seconds: float) -> str:

@@ -15,6 +15,8 @@ from torch import nn
 
 # What the interpreter, torch and transformers occupy before a model is loaded.
 PROCESS_MB = 420.0
+# What oneDNN keeps of the kernels it compiles for low-precision products on a CPU, one per size it meets.
+KERNELS_MB = 350.0
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ def estimate_memory(
     # float32 logits, their softmax, and the gradients of both, beside the logits in the storage's dtype
     logits = trained_share * shape["vocab"] * (3 * 4 + width)
     activations = micro_tokens * (per_token + logits) / 1e6
-    return Estimate(weights, state, activations, PROCESS_MB + weights + state + activations)
+    kernels = KERNELS_MB if width < 4 and not torch.cuda.is_available() else 0.0
+    return Estimate(weights, state, activations, PROCESS_MB + kernels + weights + state + activations)
 
 
 def text_shape(config: Any) -> Mapping[str, int]:

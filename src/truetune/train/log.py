@@ -37,7 +37,7 @@ class Screen:
 
 
 class RunLog:
-    """Rows of ``log.jsonl`` (DESIGN.md section 7), and the progress bar.
+    """Rows of ``log.jsonl``, and the progress bar.
 
     On resume, rows after ``start`` are dropped first: they belong to steps that will be done again. A run that starts
     from the beginning starts an empty log.
