@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from truetune.adapters.inject import attach
 from truetune.checkpoint.atomic import write_text
@@ -13,13 +13,11 @@ from truetune.errors import ModelError, NonFiniteError
 from truetune.models import load
 from truetune.models.precision import name_of
 from truetune.ops.probe import gemm_rate
+from truetune.recipes.setup import Setup
 from truetune.train.estimate import count_parameters, estimate_memory, flops_per_token, text_shape
 from truetune.train.log import Screen
 from truetune.train.memory import available_mb
 from truetune.train.step import NonFiniteStepError
-
-if TYPE_CHECKING:
-    from truetune.recipes.training import Setup
 
 # Share of the measured matrix rate that a whole step reaches; the rest is attention, norms and memory traffic.
 _STEP_EFFICIENCY = 0.3

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import truetune
 from truetune.checkpoint.atomic import atomic_folder, sha256, write_text
@@ -16,11 +16,9 @@ from truetune.eval.perplexity import Evaluation
 from truetune.models import load
 from truetune.recipes import run_report
 from truetune.recipes.adapter import base_name, describe_base
+from truetune.recipes.setup import Setup
 from truetune.train.log import Screen
 from truetune.train.memory import peak_mb
-
-if TYPE_CHECKING:
-    from truetune.recipes.training import Setup
 
 
 def finish(

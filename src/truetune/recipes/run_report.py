@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from truetune.checkpoint.atomic import writing
-
-if TYPE_CHECKING:
-    from truetune.recipes.training import Setup
+from truetune.recipes.setup import Setup
 
 
 def report(setup: Setup, card: dict[str, Any], losses: dict[str, list[tuple[int, float]]], where: Path) -> str:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,33 +20,20 @@ from truetune.data.plan import StepPlan, sequential_batches
 from truetune.data.rejects import write_rejects
 from truetune.eval.perplexity import Evaluation, evaluate
 from truetune.models import attention, load
-from truetune.models.precision import Precision, choose_device, choose_precision
+from truetune.models.precision import choose_device, choose_precision
 from truetune.models.tokenizer import ChatTokenizer
 from truetune.ops.allocator import keep_freed_memory
 from truetune.optim.adamw import adamw
 from truetune.optim.schedule import Schedule, warmup_steps
 from truetune.recipes import plan_report, result, resume
 from truetune.recipes.data import Prepared
-from truetune.recipes.run_folder import RunFolder, locked, open_run, start, write_json
+from truetune.recipes.run_folder import locked, open_run, start, write_json
+from truetune.recipes.setup import Setup
 from truetune.train.log import RunLog, Screen
 from truetune.train.loop import Run, train
 from truetune.train.step import NonFiniteStepError
 
 Prepare = Callable[..., Prepared]
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What is decided before any weight is read."""
-
-    config: TrainConfig
-    folder: RunFolder
-    tokenizer: ChatTokenizer
-    model_config: Any
-    prepared: Prepared
-    precision: Precision
-    device: str
-    facts: dict[str, Any]
 
 
 def run_training(resolved: Resolved[Any], prepare: Prepare, *, screen: Screen | None = None) -> dict[str, Any]:
