@@ -37,14 +37,16 @@ def run(resolved: Resolved[MergeConfig]) -> dict[str, Any]:
                     "the model, which was not trained on it: generate --template none")  # fmt: skip
     if changes.config:
         screen.note("the head was tied to the embedding table; the adapter changed one of the two, so both are written")
-    report = merge_checkpoint(
-        base,
-        Path(config.out).expanduser(),
-        changes.edits,
-        config_updates=changes.config,
-        extra_files=_extra_files(base, file),
-        max_shard_bytes=int(config.max_shard_gb * 1e9),
-    )
+    with screen.bar("writing") as progress:
+        report = merge_checkpoint(
+            base,
+            Path(config.out).expanduser(),
+            changes.edits,
+            config_updates=changes.config,
+            extra_files=_extra_files(base, file),
+            max_shard_bytes=int(config.max_shard_gb * 1e9),
+            progress=progress,
+        )
     screen.say("done", f"{config.out}: {report.nbytes / 1e6:,.0f} MB, {report.edited + report.added} tensors changed, "
                f"{report.copied} copied as they are · peak {peak_mb():,.0f} MB")  # fmt: skip
     return {

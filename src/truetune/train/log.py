@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -34,6 +36,13 @@ class Screen:
     def warn(self, text: str) -> None:
         """Something the user should look at, though the run goes on."""
         self.console.print(f"[yellow]warning[/yellow] {escape(text)}")
+
+    @contextlib.contextmanager
+    def bar(self, what: str) -> Iterator[Callable[[int, int], None]]:
+        """A bar for one piece of work: call what is yielded with ``(done, total)``. Nothing where it is no terminal."""
+        with Progress(console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
+            task = progress.add_task(what, total=None)
+            yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 class RunLog:
