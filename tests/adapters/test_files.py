@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import truetune
 from families import FAMILIES, logits, perturb
 from truetune.adapters import files
-from truetune.adapters.inject import adapters, attachment
+from truetune.adapters.inject import adapters, attach, attachment
 from truetune.config.lora import LoRA
 from truetune.errors import AdapterError
 
@@ -255,3 +255,22 @@ def test_a_pickle_that_holds_anything_else_is_refused_unopened(
     with pytest.raises(AdapterError, match=r"adapter_model\.bin"):
         files.read(saved)
     assert not (saved / "trapped").exists()
+
+
+def test_loading_onto_a_model_that_carries_an_adapter_is_refused(tmp_path: Path) -> None:
+    model = FAMILIES["llama"].make()
+    attach(model, LoRA(rank=2))
+    files.save(model, tmp_path, base=None)
+    with pytest.raises(AdapterError, match="already carries an adapter"):
+        files.load(model, files.read(tmp_path))
+
+
+def test_bias_all_on_a_model_without_biases_loads(tmp_path: Path) -> None:
+    model = FAMILIES["llama"].make()
+    attach(model, LoRA(rank=2))
+    files.save(model, tmp_path, base=None)
+    config = json.loads((tmp_path / files.CONFIG).read_text(encoding="utf-8")) | {"bias": "all"}
+    (tmp_path / files.CONFIG).write_text(json.dumps(config), encoding="utf-8")
+    other = FAMILIES["llama"].make()
+    files.load(other, files.read(tmp_path))
+    assert attachment(other) is not None

@@ -8,6 +8,7 @@ import pytest
 
 from families import FAMILIES
 from truetune.adapters.targets import matches, resolve_targets, shortest_names
+from truetune.config.lora import LoRA
 from truetune.errors import AdapterError
 
 
@@ -77,3 +78,8 @@ def test_names_are_shortened_only_where_they_mean_the_same() -> None:
     assert shortest_names(model, everywhere) == ["c_proj"]
     attention = [path for path in everywhere if "attn" in path]
     assert shortest_names(model, attention) == sorted(attention)
+
+
+def test_names_between_commas_are_names_and_expressions_keep_theirs() -> None:
+    assert LoRA(targets=("q_proj,v_proj", "o_proj")).targets == ("q_proj", "v_proj", "o_proj")
+    assert LoRA(targets=(r".*q_proj{1,2}",)).targets == (r".*q_proj{1,2}",)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from truetune.data.read import read_rows
 from truetune.data.read_json import parse_lines
 from truetune.data.schema import RawRow, Reject
+from truetune.data.sources import passed_over
 from truetune.errors import DataError
 
 
@@ -245,3 +246,9 @@ def test_a_link_to_nowhere_is_refused(tmp_path: Path) -> None:
 def test_no_path_at_all_is_refused() -> None:
     with pytest.raises(DataError, match="no file was named"):
         read_rows([])
+
+
+def test_what_a_folder_holds_beside_data_is_known(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "notes.docx", ".hidden"):
+        (tmp_path / name).write_text("{}\n", encoding="utf-8")
+    assert passed_over([str(tmp_path)]) == [str(tmp_path / "notes.docx")]

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from truetune.adapters.inject import attach, attachment, detach
+from truetune.adapters.inject import attach, attachment, detach, has_bias
 from truetune.adapters.peft_config import from_peft, saved_modules, to_peft
 from truetune.adapters.targets import resolve_targets
 from truetune.adapters.tensors import fill as fill
@@ -93,7 +93,11 @@ def load(model: nn.Module, file: AdapterFile) -> None:
     Raises:
         AdapterError: a target the model lacks, or any tensor missing, extra or of another shape; all named at once.
     """
+    if attachment(model) is not None:
+        raise AdapterError("the model already carries an adapter", ("way out", "truetune.detach(model) first"))
     lora = file.lora
+    if "bias" in lora.trainable and not has_bias(model):  # PEFT's bias="all" asks for what there is, be it nothing
+        lora = lora.model_copy(update={"trainable": tuple(part for part in lora.trainable if part != "bias")})
     sites = resolve_targets(model, lora.targets, all_must_match=False)
     full = saved_modules(model, file.config)
     tie = bool(file.config.get("ensure_weight_tying"))

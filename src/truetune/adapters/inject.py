@@ -176,10 +176,9 @@ def _parts(model: nn.Module, config: LoRA, whole: Sequence[str]) -> list[Paramet
     for path in whole:
         chosen |= {id(p): p for p in model.get_submodule(path).parameters()}
     if "bias" in config.trainable:
-        biases = [p for name, p in model.named_parameters() if name.rsplit(".", 1)[-1] == "bias"]
-        if not biases:
+        if not has_bias(model):
             raise AdapterError("--trainable bias: this model has no bias", ("way out", "leave bias out of --trainable"))
-        chosen |= {id(p): p for p in biases}
+        chosen |= {id(p): p for p in _biases(model)}
     return list(chosen.values())
 
 
@@ -198,3 +197,12 @@ def _tie_again(model: nn.Module, untied: Sequence[str]) -> None:
         assert isinstance(head.weight, Parameter)
         if not table.weight.is_meta and torch.equal(table.weight, head.weight):
             head.weight = table.weight
+
+
+def has_bias(model: nn.Module) -> bool:
+    """Whether any layer has a bias that could be trained."""
+    return bool(_biases(model))
+
+
+def _biases(model: nn.Module) -> list[Parameter]:
+    return [p for name, p in model.named_parameters() if name.rsplit(".", 1)[-1] == "bias"]

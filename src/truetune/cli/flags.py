@@ -86,7 +86,7 @@ def build_parser(name: str, config_class: type[Options]) -> argparse.ArgumentPar
     general = parser.add_argument_group("general")
     general.add_argument("--config", dest="config_file", metavar="FILE.yaml", help="settings from a file; flags win")
     general.add_argument(
-        "--json", dest="as_json", action="store_true", help="one JSON object as the last line of stdout"
+        "--json", dest="as_json", action="store_true", help="when done, one JSON object as the last line of stdout"
     )
     return parser
 

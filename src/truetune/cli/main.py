@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("stopped at once; of a run, what its last checkpoint holds is kept", file=sys.stderr)
+        print("stopped at once; nothing new was saved, and what was complete before is kept", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # Whoever read our output has gone: leave as a program that SIGPIPE ends, and keep the interpreter's own last

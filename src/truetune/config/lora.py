@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
+
+from pydantic import field_validator
 
 from truetune.config.options import Options, option
 
@@ -36,3 +39,11 @@ class LoRA(Options):
     trainable: tuple[Trainable, ...] = option(
         (), help="parts of the base trained in full beside the adapter", group="tuning"
     )
+
+    @field_validator("targets")
+    @classmethod
+    def _names_between_commas(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        """``q_proj,v_proj`` is two names; a comma inside an expression is left alone."""
+        plain = re.compile(r"[\w.,\- ]+")
+        split = [item.split(",") if plain.fullmatch(item) else [item] for item in value]
+        return tuple(name.strip() for names in split for name in names if name.strip())

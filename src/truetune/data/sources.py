@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from truetune.errors import DataError, nearest
 
@@ -25,6 +26,17 @@ def find_files(paths: Sequence[str]) -> list[str]:
     if not paths:
         raise DataError("no data: no file was named", ("or", "--data FILE, --data FOLDER, --data 'FOLDER/*.jsonl'"))
     return [file for path in paths for file in _expand(os.path.expanduser(path))]
+
+
+def passed_over(paths: Sequence[str]) -> list[str]:
+    """The files of other kinds that lie directly in the folders among ``paths``, and are not read."""
+    folders = [Path(os.path.expanduser(path)) for path in paths if os.path.isdir(os.path.expanduser(path))]
+    return [
+        str(file)
+        for folder in folders
+        for file in sorted(folder.iterdir())
+        if file.is_file() and not file.name.startswith(".") and not suffix_of(file.name)
+    ]
 
 
 def suffix_of(path: str) -> str:

@@ -18,6 +18,7 @@ from truetune.data.length import limit_lengths, truncation
 from truetune.data.mask import encode_rows
 from truetune.data.read import read_rows
 from truetune.data.schema import Reject, Row, TokenSet
+from truetune.data.sources import passed_over
 from truetune.data.split import split
 from truetune.data.template import Template, asks_for_date, pin_date, resolve_template
 from truetune.errors import DataError
@@ -114,6 +115,8 @@ class _Source:
 def _sources(config: TrainConfig, form: str, screen: Screen) -> tuple[_Source, _Source]:
     """``(to train on, held out)``; rows held out by ``--val-split`` were read, and are counted, with the first."""
     source = _read(config, config.data, form)
+    if others := passed_over([*config.data, *config.val_data]):
+        screen.warn(f"{len(others)} files are not data and are not read: {', '.join(others[:5])}")
     _say_duplicates(source.rows, screen)
     if config.val_data:
         held_out = _read(config, config.val_data, form)

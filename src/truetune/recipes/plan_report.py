@@ -138,10 +138,11 @@ def _say_data(setup: Setup, screen: Screen) -> None:
     rejected = sum(report["rejected"].values())
     why = ", ".join(f"{n} {reason}" for reason, n in report["rejected"].items())
     files = ", ".join(setup.config.data)
+    listed = "" if setup.config.dry_run else f" → {setup.folder.path}/data/rejects.jsonl"
     screen.say(
         "data",
         f"{files}  {report['read']:,} rows · {report['used']:,} used"
-        + (f" · {rejected} left out: {why} → {setup.folder.path}/data/rejects.jsonl" if rejected else ""),
+        + (f" · {rejected} left out: {why}{listed}" if rejected else ""),
     )
     held = report["held_out"]
     share = report["trained_tokens"] / max(1, report["tokens"])

@@ -111,7 +111,9 @@ class RunLog:
             os.fsync(self._file.fileno())
 
     def _show(self, step: int, row: dict[str, Any]) -> None:
-        text = f"step {step}/{self.steps}  loss {row['loss']:.4f}{self._val}  {row['tok_s']:,.0f} tok/s"
+        # The bar carries the last evaluation along; a plain line stays on the screen and says only what is of its step.
+        val = self._val if self.screen.console.is_terminal else ""
+        text = f"step {step}/{self.steps}  loss {row['loss']:.4f}{val}  {row['tok_s']:,.0f} tok/s"
         if self._task is not None and self.screen.console.is_terminal:
             self._bar.update(self._task, completed=step, description=f"{text}  {row['peak_mb'] / 1e3:.1f} GB")
         elif step == self.steps or step * 10 // self.steps > (step - self.every) * 10 // self.steps:
