@@ -45,5 +45,8 @@ class LoRA(Options):
     def _names_between_commas(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         """``q_proj,v_proj`` is two names; a comma inside an expression is left alone."""
         plain = re.compile(r"[\w.,\- ]+")
-        split = [item.split(",") if plain.fullmatch(item) else [item] for item in value]
-        return tuple(name.strip() for names in split for name in names if name.strip())
+        names: list[str] = []
+        for item in value:
+            parts = [part.strip() for part in item.split(",") if part.strip()] if plain.fullmatch(item) else []
+            names += parts if "," in item and parts else [item]
+        return tuple(names)
