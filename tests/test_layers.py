@@ -34,7 +34,7 @@ APART = [
 ]
 ATTICS = {"utils", "util", "common", "helpers", "helper", "misc"}
 PEERS = {"peft", "bitsandbytes", "loralib", "accelerate", "trl", "litgpt", "swift"}
-ONLY_IN = {"transformers": {"models"}, "safetensors": {"models", "adapters", "checkpoint"}}
+ONLY_IN = {"transformers": {"models"}, "safetensors": {"models", "adapters", "checkpoint", "data"}}
 
 
 def room_of(module: str) -> str:

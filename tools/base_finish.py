@@ -24,8 +24,9 @@ from truetune.data.plan import sequential_batches
 from truetune.data.read import read_rows
 from truetune.data.stdlib import HELD_OUT
 from truetune.eval.perplexity import Evaluation, evaluate
-from truetune.models import attention, load
+from truetune.models import forward, load
 from truetune.models.precision import choose_precision
+from truetune.models.survey import survey
 from truetune.models.tokenizer import ChatTokenizer
 
 SETTINGS = ("max_length", "batch_size", "epochs", "lr", "warmup", "weight_decay", "dtype")
@@ -58,9 +59,9 @@ def held_out_loss(path: Path) -> Evaluation:
     batches = sequential_batches(cut_into_blocks(documents, 512), 4096, packing=True)
     model = load.load_model(str(ASSETS), dtype=torch.float32)
     precision = choose_precision("float32", torch.bfloat16, device="cpu")
-    with attention.segmented(model):
-        logits = functools.partial(attention.trained_logits, model)
-        return evaluate(logits, batches, autocast=functools.partial(precision.context, "cpu"))
+    path_through = forward.Path(model, survey(model), packing=True)
+    with forward.prepared(path_through):
+        return evaluate(path_through.scores, batches, autocast=functools.partial(precision.context, "cpu"))
 
 
 def card(build: Path, measured: Evaluation) -> str:

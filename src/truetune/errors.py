@@ -69,6 +69,19 @@ class NonFiniteError(TruetuneError):
     exit_code = 3
 
 
+class OutOfMemoryError(TruetuneError):
+    """The smallest piece of a step does not fit in memory."""
+
+    exit_code = 3
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__(
+            f"out of memory with a single example of {tokens:,} tokens at a time",
+            ("kept", "every checkpoint that was complete before is still there"),
+            ("way out", "--recompute full, a lower --max-length, or a smaller model; then --resume auto"),
+        )
+
+
 class StoppedError(TruetuneError):
     """The run was asked to stop by a signal and has saved its state.
 

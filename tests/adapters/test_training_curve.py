@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,7 +17,8 @@ import truetune
 from families import FAMILIES, VOCAB
 from truetune.data.pack import Batch, collate
 from truetune.data.schema import TokenSet
-from truetune.models.attention import trained_logits
+from truetune.models import forward
+from truetune.models.survey import survey
 from truetune.optim.adamw import adamw
 from truetune.train.step import accumulate, update
 
@@ -36,18 +36,19 @@ def rows() -> tuple[Tensor, Tensor]:
 def batches() -> list[Batch]:
     ids, learned = rows()
     data = TokenSet.from_lists(ids.tolist(), learned.tolist(), [])
-    return [collate(data, range(step * ROWS, (step + 1) * ROWS), packing=False) for step in range(STEPS)]
+    return [collate(data, range(step * ROWS, (step + 1) * ROWS), packing=True) for step in range(STEPS)]
 
 
 def train_here(model: Any) -> list[float]:
     """With the pieces of ``truetune sft``."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = adamw(parameters, lr=LR, weight_decay=DECAY)
-    logits = functools.partial(trained_logits, model.train())
+    way = forward.Path(model, survey(model.train()), packing=True)
     losses = []
-    for step, batch in enumerate(batches()):
-        losses.append(accumulate(logits, [batch], seed=0, step=step, autocast=nullcontext).loss)
-        update(optimizer, parameters.values(), lr=LR, clip=0.0)
+    with forward.prepared(way, recompute="cheap"):
+        for step, batch in enumerate(batches()):
+            losses.append(accumulate(way.loss, [batch], seed=0, step=step, autocast=nullcontext).loss)
+            update(optimizer, parameters.values(), lr=LR, clip=0.0)
     return losses
 
 

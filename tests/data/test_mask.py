@@ -7,10 +7,12 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import CHATML, SHARED
+from truetune.data import mask
 from truetune.data.mask import TrainOn, encode_rows
 from truetune.data.schema import Message, Origin, Row
 from truetune.data.template import BUILT_IN, Template, resolve_template
@@ -216,6 +218,25 @@ def test_a_bad_row_does_not_shift_the_others(encoder: ChatTokenizer) -> None:
     assert [r.origin.row for r in rejects] == [2]
     assert [origin.row for origin in examples.origins] == [1, 3]
     assert "Answer 3." in encoder.decode(examples.example(1)[0].tolist())
+
+
+def test_rows_come_out_the_same_however_many_are_tokenised_at_once(
+    encoder: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [Row(Origin("f", n), () if n % 5 == 0 else talk("One." * n, "Two.").messages) for n in range(1, 13)]
+    whole, rejects = encode_rows(rows, OWN, encoder, train_on="assistant")
+    monkeypatch.setattr(mask, "_BATCH", 4)
+    cut, cut_rejects = encode_rows(rows, OWN, encoder, train_on="assistant")
+    assert (len(whole), len(rejects)) == (10, 2)
+    assert (cut_rejects, list(cut.origins)) == (rejects, list(whole.origins))
+    for part in ("tokens", "trained", "offsets"):
+        assert torch.equal(getattr(cut, part), getattr(whole, part))
+
+
+def test_no_rows_make_no_examples(encoder: ChatTokenizer) -> None:
+    examples, rejects = encode_rows([], OWN, encoder, train_on="assistant")
+    assert (len(examples), rejects) == (0, [])
+    assert (examples.tokens.dtype, examples.trained.dtype) == (torch.int32, torch.bool)
 
 
 words = st.text(st.characters(exclude_categories=("Cs",)), max_size=12).filter(lambda text: "<|" not in text)

@@ -1,6 +1,7 @@
 """The tokenizer as the data layer sees it: nothing added, everything decoded, stop tokens known."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -84,3 +85,19 @@ def test_a_template_that_fails_in_any_way_is_a_user_s_mistake(source: str, tiny_
     tokenizer = ChatTokenizer.load(str(tiny_model))
     with pytest.raises(TemplateError, match=r"the chat template refuses this conversation: \S"):
         tokenizer.render([{"role": "user", "content": "a"}], source, tools=None, prompt=False)
+
+
+def test_the_same_files_make_the_same_tokenizer_wherever_they_lie(tiny_model: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny_model, tmp_path / "copy")
+    identity = ChatTokenizer.load(str(tiny_model)).identity
+    assert identity is not None
+    assert ChatTokenizer.load(str(copy)).identity == identity
+    (copy / "model.safetensors").write_bytes(b"other weights")
+    assert ChatTokenizer.load(str(copy)).identity == identity
+    (copy / "additional_chat_templates").mkdir()
+    (copy / "additional_chat_templates" / "tool_use.jinja").write_text("T")
+    assert ChatTokenizer.load(str(copy)).identity != identity
+
+
+def test_a_tokenizer_without_files_has_no_identity(tiny_model: Path) -> None:
+    assert ChatTokenizer(ChatTokenizer.load(str(tiny_model)).hf).identity is None

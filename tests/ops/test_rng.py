@@ -1,11 +1,16 @@
 """Counters, not generators: these values may never change, or no run could be resumed by a newer version."""
 
+from __future__ import annotations
+
 import subprocess
 import sys
 
+import pytest
 import torch
+from torch import Tensor, nn
 
-from truetune.ops.rng import derive_seed, generator, permutation
+from truetune.adapters.lora import LoRALinear
+from truetune.ops.rng import current_keys, derive_seed, generator, keyed, permutation, token_keys
 
 
 def test_a_seed_is_the_one_it_always_was() -> None:
@@ -44,3 +49,105 @@ def test_the_global_generator_is_left_alone() -> None:
     before = torch.get_rng_state()
     permutation(100, 5, "order", 2)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_token_s_key_is_the_one_it_always_was() -> None:
+    assert token_keys(0, 3, [5], [3]).tolist() == [2902231710629040913, -4143797543757312218, 7256917275565886267]
+
+
+def test_no_two_tokens_of_a_run_share_a_key() -> None:
+    keys = torch.cat([token_keys(seed, step, range(20), [30] * 20) for seed in range(4) for step in range(25)])
+    assert len(keys.unique()) == len(keys) == 60_000
+
+
+def test_a_token_s_key_depends_on_no_other_example() -> None:
+    together = token_keys(7, 2, [4, 9, 1], [3, 5, 2])
+    alone = [token_keys(7, 2, [example], [length]) for example, length in ((4, 3), (9, 5), (1, 2))]
+    assert torch.equal(together, torch.cat(alone))
+    assert torch.equal(token_keys(7, 2, [9], [50])[:5], alone[1])  # nor on how long its own is
+
+
+def test_the_keys_in_force_are_those_of_the_innermost_block() -> None:
+    outer, inner = torch.arange(3), torch.arange(3) + 10
+
+    def fail() -> None:
+        with keyed(inner):
+            raise ValueError(current_keys(3).tolist())
+
+    with keyed(outer):
+        with pytest.raises(ValueError, match="10, 11, 12"):
+            fail()
+        assert torch.equal(current_keys(3), outer)
+        with keyed(None):
+            assert not torch.equal(current_keys(3), outer)
+
+
+def test_where_rows_are_not_tokens_keys_are_drawn() -> None:
+    with keyed(torch.arange(3)):
+        assert len(current_keys(4).unique()) == 4
+        assert not torch.equal(current_keys(4), current_keys(4))
+
+
+def alone(p: float = 0.3) -> LoRALinear:
+    """A layer that only passes on what its low-rank path is given."""
+    linear = nn.Linear(200, 200, bias=False)
+    nn.init.zeros_(linear.weight)
+    layer = LoRALinear(linear, rank=200, alpha=200, dropout=p)
+    for parameter in (layer.lora_a, layer.lora_b):
+        nn.init.eye_(parameter)
+    return layer
+
+
+def passed(layer: LoRALinear, *shape: int) -> Tensor:
+    out: Tensor = layer(torch.ones(*shape, 200))
+    return out.detach()
+
+
+@pytest.mark.parametrize("p", [0.1, 0.3, 0.9])
+def test_a_layer_in_somebody_s_own_loop_drops_that_share_and_scales_the_rest(p: float) -> None:
+    torch.manual_seed(0)
+    found = passed(alone(p), 5, 100)
+    share = float((found == 0).float().mean())
+    assert abs(share - p) < 4 * (p * (1 - p) / 100_000) ** 0.5  # four standard deviations
+    torch.testing.assert_close(found[found != 0].unique(), torch.tensor([1 / (1 - p)]))
+
+
+def test_each_call_in_somebody_s_own_loop_drops_others() -> None:
+    layer = alone()
+    assert not torch.equal(passed(layer, 50), passed(layer, 50))
+    rows = passed(layer, 50)
+    assert len({tuple(row) for row in (rows == 0).tolist()}) == 50
+
+
+def test_a_layer_in_somebody_s_own_loop_follows_the_global_seed() -> None:
+    layer = alone()
+    torch.manual_seed(5)
+    first = passed(layer, 50)
+    other = passed(layer, 50)
+    torch.manual_seed(5)
+    assert torch.equal(passed(layer, 50), first)
+    assert not torch.equal(other, first)
+
+
+def test_without_training_nothing_is_dropped_or_drawn() -> None:
+    layer = alone().eval()
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    assert torch.equal(passed(layer, 50), torch.ones(50, 200))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_backward_drops_what_the_forward_dropped() -> None:
+    layer, x = alone(), torch.ones(50, 200, requires_grad=True)
+    y: Tensor = layer(x)
+    y.backward(torch.ones_like(y))
+    assert x.grad is not None
+    assert torch.equal(x.grad, y)
+    assert 0.2 < float((y == 0).float().mean()) < 0.4
+
+
+def test_a_layer_takes_no_rows_and_one_row_without_a_batch() -> None:
+    layer = alone()
+    assert passed(layer, 0).shape == (0, 200)
+    assert passed(layer, 2, 0).shape == (2, 0, 200)
+    assert passed(layer).shape == (200,)

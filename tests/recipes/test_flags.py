@@ -121,6 +121,7 @@ TRAIN: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "batch_size": ({}, {"batch_size": 3}, "log"),
     # Another cut sums in another order: the same to six digits, not to the last bit.
     "micro_tokens": ({}, {"micro_tokens": 64}, "log"),
+    "recompute": ({}, {"recompute": "full"}, "facts"),
     "seed": ({}, {"seed": 1}, "tensors"),
     "out": ({}, {"out": "OUT"}, "where"),
     "eval_every": (HELD, {"eval_every": 1}, "log"),

@@ -29,6 +29,10 @@ class Adapter(nn.Module, ABC):
         for attribute, suffix in self.files.items():
             yield suffix, getattr(self, attribute)
 
+    def shared_parameters(self) -> Iterator[Parameter]:
+        """Trained tensors that this layer computes with and another adapter owns."""
+        return iter(())
+
     @property
     def weight(self) -> Tensor:
         """The base's weight, for model code that reads it directly."""

@@ -16,7 +16,9 @@ from truetune.adapters.lora_embedding import LoRAEmbedding, TiedHead
 from truetune.adapters.targets import output_head, resolve_targets
 from truetune.config.lora import LoRA
 from truetune.errors import AdapterError
-from truetune.ops.rng import generator
+from truetune.ops.rng import derive_seed, generator
+
+_SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,15 @@ def _wrap(model: nn.Module, path: str, config: LoRA, seed: int) -> None:
     if isinstance(module, nn.Embedding):
         _replace(model, path, LoRAEmbedding.from_base(module, config, generator=draws))
     else:
-        _replace(model, path, LoRALinear.from_base(module, config, generator=draws))
+        adapter = LoRALinear.from_base(module, config, generator=draws)
+        adapter.site = derive_seed(0, "site", _mask_name(path))
+        _replace(model, path, adapter)
+
+
+def _mask_name(path: str) -> str:
+    """The name a layer's dropout masks go by: one for layers that read the same input, so that it is dropped once."""
+    parent, _, name = path.rpartition(".")
+    return f"{parent}.{next((names[0] for names in _SHARED_INPUT if name in names), name)}"
 
 
 def _wrap_tied(model: nn.Module, tie: tuple[str, ...], config: LoRA, seed: int) -> None:

@@ -8,6 +8,7 @@ Both are kept in float32 and cast at use: bf16 has too few bits to add small upd
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,9 @@ from typing_extensions import Self
 from truetune.adapters.base import Adapter
 from truetune.config.lora import LoRA
 from truetune.ops import lowrank
-from truetune.ops.frozen import FrozenLinear
+from truetune.ops.frozen import FrozenLinear, is_conv1d
+from truetune.ops.projection import Group, Projection, project
+from truetune.ops.rng import current_keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +73,7 @@ class LoRALinear(Adapter):
         super().__init__()
         self.base = base.requires_grad_(False)
         self.dropout = dropout
+        self.site = 0  # tells this layer's dropout masks from another's
         self.scale = lowrank.scale(alpha, rank, rank_stabilised=rank_stabilised)
         frozen = FrozenLinear.of(base)
         a = torch.empty(rank, frozen.in_features)
@@ -99,6 +103,11 @@ class LoRALinear(Adapter):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], in the dtype of the base's output."""
+        rows = x.shape[:-1].numel()
+        group = projection_group((self,), rows)
+        if group is not None and x.dtype == self.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            (out,) = project(group, x.reshape(rows, x.shape[-1]))
+            return out.view(*x.shape[:-1], out.shape[1])
         low = F.dropout(x, self.dropout, self.training) if self.dropout else x
         y: Tensor = self.base(x)
         return y + lowrank.linear(low, self.lora_a, self.lora_b, self.scale).to(y.dtype)
@@ -112,3 +121,31 @@ class LoRALinear(Adapter):
         frozen = FrozenLinear.of(self.base)
         merged, _ = merge(frozen.dense().detach(), None, self.params())
         return merged.T.contiguous() if frozen.transposed else merged
+
+
+def projection_group(modules: Sequence[nn.Module], tokens: int) -> Group | None:
+    """Linear maps of one input as one node of the graph; None where one of them is trained itself, or of another kind.
+
+    Args:
+        modules: frozen linear layers, adapted or not.
+        tokens: rows of the input, for the dropout masks.
+    """
+    projections = [_projection(module) for module in modules]
+    adapted = [m for m in modules if isinstance(m, LoRALinear)]
+    if not all(projections) or len({(m.dropout, m.training) for m in adapted}) > 1:
+        return None
+    found = tuple(p for p in projections if p is not None)
+    if not (adapted and adapted[0].dropout and adapted[0].training):
+        return Group(found)
+    return Group(found, adapted[0].dropout, current_keys(tokens), adapted[0].site)
+
+
+def _projection(module: nn.Module) -> Projection | None:
+    base = module.base if isinstance(module, LoRALinear) else module
+    # A subclass of nn.Linear may keep its weight in a form of its own.
+    if not (type(base) is nn.Linear or is_conv1d(base)) or any(p.requires_grad for p in base.parameters()):
+        return None
+    bias = base.bias if isinstance(base.bias, Tensor) else None
+    if not isinstance(module, LoRALinear):
+        return Projection(FrozenLinear.of(base), bias)
+    return Projection(FrozenLinear.of(base), bias, module.lora_a, module.lora_b, module.scale)

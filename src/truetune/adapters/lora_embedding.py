@@ -7,7 +7,7 @@ matrix stays one matrix through training, saving and merging.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -98,6 +98,10 @@ class TiedHead(Adapter):
         super().__init__()
         self.base: nn.Linear = base.requires_grad_(False)
         self._table = (table,)  # in a tuple: a module attribute would register the parameters a second time
+
+    def shared_parameters(self) -> Iterator[nn.Parameter]:
+        """The table's A and B."""
+        yield from (self._table[0].lora_a, self._table[0].lora_b)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim] -> [..., vocab]."""

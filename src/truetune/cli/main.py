@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import io
 import json
@@ -10,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import truetune
 from truetune.errors import TruetuneError, nearest
@@ -106,10 +108,21 @@ def _run(name: str, arguments: list[str]) -> int:
         return 0
     flags, file, as_json = parse(name, config_class, arguments)
     resolved = resolve(config_class, file=file, flags=flags)
-    result = importlib.import_module(command.recipe).run(resolved)
+    result = _recipe(command.recipe).run(resolved)
     if as_json:
         print(json.dumps(result, ensure_ascii=False, allow_nan=False, default=str))
     return 0
+
+
+def _recipe(module: str) -> ModuleType:
+    """Import what a command runs. Thousands of modules are made to stay: collecting garbage meanwhile finds none, and
+    takes a fifth of the time."""
+    gc.disable()
+    try:
+        return importlib.import_module(module)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def overview() -> str:

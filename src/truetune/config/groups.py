@@ -108,9 +108,16 @@ class TrainingGroup(Options):
     )
     micro_tokens: int | None = option(
         None,
-        help="most tokens per micro-batch (default: 2048, or the longest row); the loss does not depend on it",
+        help="most tokens per micro-batch (default: 1024, or the longest row); the loss does not depend on it",
         group="training",
         gt=0,
+    )
+    recompute: Literal["auto", "none", "cheap", "full"] = option(
+        "auto",
+        help="what the backward computes again to save memory: nothing, cheap parts (norms, activations), or full "
+        "layers; auto: cheap, or full where the plan needs it to fit",
+        group="training",
+        alias=("gradient_checkpointing",),
     )
     seed: int = option(0, help="seed of the adapter's start, the data order and dropout", group="training", ge=0)
 

@@ -57,8 +57,10 @@ def shorten(tokens: Tensor, trained: Tensor, max_length: int) -> tuple[Tensor, T
     end, and with it the stop token: a model must not learn to stop in mid-sentence.
     """
     over = len(tokens) - max_length
+    if over <= 0:
+        return tokens, trained
     prompt = int(trained.nonzero()[0, 0]) if bool(trained.any()) else len(tokens)
-    front = min(max(over, 0), max(0, prompt - max(1, max_length // 4)))
+    front = min(over, max(0, prompt - max(1, max_length // 4)))
     keep = [*range(1), *range(1 + front, len(tokens))][:max_length]
     return tokens[keep], trained[keep]
 

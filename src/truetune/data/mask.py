@@ -19,6 +19,9 @@ from truetune.errors import TemplateError
 
 TrainOn = Literal["assistant", "last", "all"]
 
+# Rows tokenised at once: a tokenizer keeps a hundred bytes a token until its whole batch is handed over.
+_BATCH = 1024
+
 
 @dataclass(frozen=True)
 class _Rendered:
@@ -53,7 +56,16 @@ def encode_rows(
             rendered.append(_render(row, template, encoder, train_on=train_on, system=system))
         except TemplateError as error:
             rejects.append(Reject(row.origin, "template", error.message))
-    kept, ids, flags = [], [], []
+    parts = []
+    for start in range(0, len(rendered), _BATCH):
+        examples, refused = _encode(rendered[start : start + _BATCH], encoder)
+        parts.append(examples)
+        rejects += refused
+    return TokenSet.join(parts), rejects
+
+
+def _encode(rendered: Sequence[_Rendered], encoder: TextEncoder) -> tuple[TokenSet, list[Reject]]:
+    kept, ids, flags, rejects = [], [], [], []
     for item, encoded in zip(rendered, _tokenise(rendered, encoder), strict=True):
         problem = _mask_problem(item, encoded, encoder)
         if problem:
@@ -89,7 +101,9 @@ def _render(
     spans = []
     for index in answers[-1:] if train_on == "last" else answers:
         before = template.render(encoder, messages[:index], tools=row.tools, prompt=True)
-        upto = template.render(encoder, messages[: index + 1], tools=row.tools, prompt=False).rstrip()
+        answered = messages[: index + 1]
+        upto = full if answered == messages else template.render(encoder, answered, tools=row.tools, prompt=False)
+        upto = upto.rstrip()
         if not (full.startswith(upto) and upto.startswith(before)):
             raise TemplateError(
                 f"the template words turn {index + 1} differently once more turns follow, so what is trained would not "

@@ -25,6 +25,7 @@ class Batch:
         picks: [n] int64 into the flattened [B * c] logits, one per trained token.
         targets: [n] int64, the token to predict there.
         examples: which examples it holds.
+        keys: [B * T] int64, the counters that dropout derives from; None where nothing is dropped.
     """
 
     input_ids: Tensor
@@ -35,6 +36,7 @@ class Batch:
     picks: Tensor
     targets: Tensor
     examples: tuple[int, ...]
+    keys: Tensor | None = None
 
     @property
     def tokens(self) -> int:

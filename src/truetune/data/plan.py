@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from truetune.data.pack import Batch, collate, group
 from truetune.data.schema import TokenSet
-from truetune.ops.rng import permutation
+from truetune.ops.rng import permutation, token_keys
 
 
 @dataclass
@@ -60,7 +60,12 @@ class StepPlan:
         examples = self.examples(step)
         lengths = [self._lengths[i] for i in examples]
         groups = group(lengths, self.micro_tokens, packing=self.packing)
-        return [collate(self.data, [examples[i] for i in members], packing=self.packing) for members in groups]
+        return [self._collate([examples[i] for i in members], step) for members in groups]
+
+    def _collate(self, examples: list[int], step: int) -> Batch:
+        batch = collate(self.data, examples, packing=self.packing)
+        lengths = batch.lengths or [batch.input_ids.shape[1]] * len(examples)
+        return replace(batch, keys=token_keys(self.seed, step, examples, lengths))
 
     def _at(self, position: int) -> int:
         epoch, index = divmod(position, len(self.data))

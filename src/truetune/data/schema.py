@@ -100,6 +100,17 @@ class TokenSet:
         flat_trained = torch.tensor([t for flags in trained for t in flags], dtype=torch.bool)
         return cls(flat_tokens, flat_trained, offsets, list(origins))
 
+    @classmethod
+    def join(cls, parts: Sequence[TokenSet]) -> TokenSet:
+        """The examples of all ``parts``, one part after another."""
+        parts = [cls.from_lists([], [], []), *parts]
+        return cls(
+            torch.cat([part.tokens for part in parts]),
+            torch.cat([part.trained for part in parts]),
+            torch.cat([torch.zeros(1, dtype=torch.int64), *(part.lengths for part in parts)]).cumsum(0),
+            [origin for part in parts for origin in part.origins],
+        )
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 

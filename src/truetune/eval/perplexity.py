@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -30,20 +30,23 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    logits: Callable[[Batch], Tensor],
+    scores_of: Callable[[Batch], Iterable[tuple[Tensor, Tensor]]],
     batches: Sequence[Batch],
     *,
     autocast: Callable[[], AbstractContextManager[object]],
 ) -> Evaluation:
-    """Run over the batches; sums are taken in float64, so their order does not show."""
+    """Run over the batches; sums are taken in float64, so their order does not show.
+
+    Args:
+        scores_of: a batch's logits and targets, a few rows at a time: ([n, vocab], [n] int64).
+    """
     total, right, count = 0.0, 0, 0
     for batch in batches:
         if not batch.trained:
             continue
         with autocast():
-            scores = logits(batch)
-        targets = batch.targets.to(scores.device)
-        total += float(cross_entropy_sum(scores, targets))
-        right += int((scores.argmax(-1) == targets).sum())
+            for scores, targets in scores_of(batch):
+                total += float(cross_entropy_sum(scores, targets))
+                right += int((scores.argmax(-1) == targets).sum())
         count += batch.trained
     return Evaluation(total / max(1, count), right / max(1, count), count)

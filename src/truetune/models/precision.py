@@ -119,7 +119,7 @@ def _bf16_is_fast(device: str) -> bool:
 
 def _bf16_wins() -> bool:
     """Whether bf16 products are at least as fast as float32's on this CPU."""
-    return gemm_rate(torch.bfloat16) >= gemm_rate(torch.float32)
+    return gemm_rate(torch.bfloat16, "cpu") >= gemm_rate(torch.float32, "cpu")
 
 
 def name_of(dtype: torch.dtype) -> str:

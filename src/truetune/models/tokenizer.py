@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig
 
 from truetune.errors import ModelError, TemplateError
+from truetune.models.load import known_copy
 from truetune.models.names import is_local, model_folder, only_local
 
 # Ends of a turn that families use beside, or instead of, the tokenizer's own end token.
@@ -16,19 +20,25 @@ _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|endofte
 
 # One of these is what a tokenizer is read from.
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
+# What any of its files may be called: settings, vocabularies, chat templates, and the configs that name its class.
+_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja", "*/*.jinja")
+# What turns text and templates into ids, beside those files and our own code.
+_LIBRARIES = ("tokenizers", "transformers", "jinja2")
 
 
 class ChatTokenizer:
     """Encodes, decodes and renders; see ``data.template.TextEncoder`` for the contract."""
 
-    def __init__(self, tokenizer: Any, generation_stops: Sequence[int] = ()) -> None:
+    def __init__(self, tokenizer: Any, generation_stops: Sequence[int] = (), folder: Path | None = None) -> None:
         self.hf = tokenizer
+        self.folder = folder  # with its files, where it was read from one
         own = tokenizer.chat_template
         # Some tokenizers bring several by name; the one for plain conversations is called default.
         self.own_template: str | None = own.get("default") if isinstance(own, Mapping) else own
         self.eos_token: str = tokenizer.eos_token or ""
         self.bos_token: str = tokenizer.bos_token if self._adds_bos() else ""
-        ends = [tokenizer.convert_tokens_to_ids(t) for t in _TURN_ENDS if self.has_token(t)]
+        vocabulary = tokenizer.get_vocab()  # made anew whenever it is asked for
+        ends = [vocabulary[token] for token in _TURN_ENDS if token in vocabulary]
         end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
         self.stop_ids = frozenset([*end, *generation_stops, *ends])
 
@@ -55,7 +65,23 @@ class ChatTokenizer:
                 ("because", " ".join(str(error).split())[:400] or type(error).__name__),
                 ("way out", "fetch tokenizer.json and tokenizer_config.json again"),
             ) from None
-        return cls(tokenizer, _generation_stops(source, options))
+        return cls(tokenizer, _generation_stops(source, options), known_copy(name, revision=revision))
+
+    @functools.cached_property
+    def identity(self) -> str | None:
+        """SHA-256 of all that decides which ids a text becomes: the files, and the versions of what reads them.
+
+        None where that can't be told: no folder is known, or another library than ``tokenizers`` does the work.
+        """
+        if self.folder is None or not self.hf.is_fast:
+            return None
+        digest = hashlib.sha256(repr([(name, version(name)) for name in _LIBRARIES]).encode())
+        try:
+            for path in sorted({path for pattern in _PATTERNS for path in self.folder.glob(pattern)}):
+                digest.update(repr((path.name, hashlib.sha256(path.read_bytes()).digest())).encode())
+        except OSError:
+            return None
+        return digest.hexdigest()
 
     def _adds_bos(self) -> bool:
         ids = self.hf("a", add_special_tokens=True)["input_ids"]

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from truetune.checkpoint import tensors
-from truetune.data.cache import cache_folder
+from truetune.config.cache import cache_folder
 from truetune.errors import ModelError
 
 _SETTLED_SECONDS = 2  # a file written this lately may be written again within one tick of its clock

@@ -1,4 +1,4 @@
-"""Cross-entropy as a sum and a count.
+"""Cross-entropy as a sum and a count, and straight from hidden states, so that logits never exist as a whole.
 
 Never a mean: the step divides by the trained tokens of the whole optimizer step, so the loss does not depend on how
 the step was cut into micro-batches.
@@ -6,9 +6,20 @@ the step was cut into micro-batches.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from truetune.ops import buffers
+from truetune.ops.cross_entropy import softmax_cross_entropy_
+
+# Logits that exist at a time. The head's weight is read once per chunk, so a chunk should hold some hundred rows.
+_CHUNK_BYTES = 64 << 20
 
 
 def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
@@ -22,3 +33,141 @@ def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
     return F.cross_entropy(logits.to(wide), targets, reduction="sum")
+
+
+@dataclass(frozen=True)
+class Head:
+    """What turns hidden states into logits.
+
+    Attributes:
+        weight: [vocab, hidden], frozen; None where the head is trained, adapted or of a kind of its own.
+        bias: [vocab] or None, frozen.
+        scale: the logits are multiplied by it.
+        softcap: c of ``c · tanh(logits / c)`` (Gemma 2, arXiv:2408.00118); 0 for none.
+        module: the head as it is called, [n, hidden] -> [n, vocab], before scale and cap.
+        parameters: those of ``module`` that are trained.
+    """
+
+    module: Callable[[Tensor], Tensor]
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float = 0.0
+    parameters: tuple[Tensor, ...] = ()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[n, hidden] -> [n, vocab], whole."""
+        scores = self.module(hidden)
+        scores = scores * self.scale if self.scale != 1.0 else scores
+        return self.softcap * torch.tanh(scores / self.softcap) if self.softcap else scores
+
+
+def linear_cross_entropy(
+    hidden: Tensor, targets: Tensor, head: Head, *, smoothing: float = 0.0, chunk: int | None = None
+) -> Tensor:
+    """The sum of the cross-entropies of ``head(hidden)``, a few rows at a time.
+
+    The gradient is formed in the forward, while the logits of a chunk exist: they are neither kept nor computed twice.
+
+    Args:
+        hidden: [n, h].
+        targets: [n] int64.
+        smoothing: label smoothing, as in ``F.cross_entropy``.
+        chunk: rows at a time; by default as many as make 64 MiB of logits.
+    Returns:
+        A scalar: float32, or float64 for float64.
+    """
+    # Inside a Function grad mode is off, and what an input says of itself does not know of no_grad outside.
+    wants = torch.is_grad_enabled() and (hidden.requires_grad or bool(head.parameters))
+    if head.weight is None:
+        total: Tensor = _TrainedHead.apply(  # type: ignore[no-untyped-call]
+            hidden, targets, head, smoothing, chunk or 256, wants, *head.parameters
+        )
+    else:
+        rows = chunk or _rows(head.weight.shape[0] * head.weight.element_size())
+        with torch.autocast(hidden.device.type, enabled=False):
+            total = _FrozenHead.apply(  # type: ignore[no-untyped-call]
+                hidden.to(head.weight.dtype), targets, head, smoothing, rows, wants
+            )
+    return total
+
+
+def _rows(row_bytes: int) -> int:
+    return max(64, _CHUNK_BYTES // row_bytes // 64 * 64)
+
+
+class _FrozenHead(torch.autograd.Function):
+    """Only the hidden states get a gradient: softmax minus one-hot, times the weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, targets: Tensor, head: Head, smoothing: float, rows: int, wants: bool
+    ) -> Tensor:
+        weight = head.weight
+        assert weight is not None
+        gradient = torch.empty_like(hidden) if wants else None
+        total = hidden.new_zeros((), dtype=torch.float64)
+        for start in range(0, len(hidden), rows):
+            part = slice(start, start + rows)
+            logits = buffers.empty(len(hidden[part]), len(weight), hidden.dtype, hidden.device)
+            torch.mm(hidden[part], weight.T, out=logits)
+            if head.bias is not None:
+                logits += head.bias
+            if head.scale != 1.0:
+                logits *= head.scale
+            losses = softmax_cross_entropy_(
+                logits, targets[part], softcap=head.softcap, smoothing=smoothing, grad=wants
+            )
+            total += losses.sum(dtype=torch.float64)
+            if gradient is not None:
+                gradient[part] = (logits @ weight).mul_(head.scale) if head.scale != 1.0 else logits @ weight
+        ctx.gradient = gradient
+        return total.to(torch.promote_types(hidden.dtype, torch.float32))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        gradient = None if ctx.gradient is None else ctx.gradient * g.to(ctx.gradient.dtype)
+        return gradient, None, None, None, None, None
+
+
+class _TrainedHead(torch.autograd.Function):
+    """Any head: autograd runs within a chunk, and what it finds for the head's own parameters adds up."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        targets: Tensor,
+        head: Head,
+        smoothing: float,
+        rows: int,
+        wants: bool,
+        *parameters: Tensor,
+    ) -> Tensor:
+        total = hidden.new_zeros((), dtype=torch.float64)
+        sums = [torch.zeros_like(t) for t in (hidden, *parameters)] if wants else []
+        for start in range(0, len(hidden), rows):
+            part = slice(start, start + rows)
+            with torch.set_grad_enabled(wants):
+                rows_in = hidden[part].detach().requires_grad_(wants)
+                logits = head.logits(rows_in)
+                wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                loss = F.cross_entropy(wide, targets[part], reduction="sum", label_smoothing=smoothing)
+            total += loss.detach()
+            if wants:
+                _add(sums, part, torch.autograd.grad(loss, [rows_in, *parameters]))
+        ctx.sums = sums
+        return total.to(torch.promote_types(hidden.dtype, torch.float32))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, *parameters = [t * g.to(t.dtype) for t in ctx.sums]
+        return (hidden, None, None, None, None, None, *parameters)
+
+
+def _add(sums: Sequence[Tensor], part: slice, gradients: Sequence[Tensor]) -> None:
+    sums[0][part] = gradients[0]
+    for total, gradient in zip(sums[1:], gradients[1:], strict=True):
+        total += gradient

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 
 @cache
-def gemm_rate(dtype: torch.dtype, device: str = "cpu") -> float:
+def gemm_rate(dtype: torch.dtype, device: str) -> float:
     """GFLOP/s of ``F.linear`` at 256 x 1024 x 1024 in ``dtype``.
 
     The best run within about 50 ms, and of at least six: other processes only ever make a run slower.

@@ -6,10 +6,43 @@ for a while: a resumed run needs a step number and nothing else to see the same 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
+
+# The counters of the tokens that are being computed: what drops part of them is far below whoever knows the rows.
+_keys: ContextVar[Tensor | None] = ContextVar("token_keys", default=None)
+_STRIDE = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 / golden ratio: keys of neighbouring positions share no bits
+
+
+def token_keys(seed: int, step: int, examples: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    """[sum of lengths] int64: a counter for every token, of (seed, step, example, position) and of nothing else."""
+    return torch.cat(
+        [
+            derive_seed(seed, "dropout", step, example) + torch.arange(length) * _STRIDE
+            for example, length in zip(examples, lengths, strict=True)
+        ]
+    )
+
+
+@contextlib.contextmanager
+def keyed(keys: Tensor | None) -> Iterator[None]:
+    """Compute with these counters, one per token, in the order of the tokens."""
+    token = _keys.set(keys)
+    try:
+        yield
+    finally:
+        _keys.reset(token)
+
+
+def current_keys(count: int) -> Tensor:
+    """[count] int64: the tokens' counters, or drawn ones where what is computed is not one row per token."""
+    keys = _keys.get()
+    return keys if keys is not None and len(keys) == count else torch.randint(1 << 62, (count,))
 
 
 def derive_seed(seed: int, *parts: str | int) -> int:

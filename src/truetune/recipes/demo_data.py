@@ -10,8 +10,8 @@ from importlib.resources import as_file, files
 from pathlib import Path
 
 from truetune.checkpoint.atomic import write_text
+from truetune.config.cache import cache_folder
 from truetune.data import stdlib
-from truetune.data.cache import cache_folder
 from truetune.errors import OutputError
 
 # Longer functions are more than the tiny base can hold together; this keeps about 60 % of them.

@@ -11,16 +11,20 @@ from truetune.data.pack import group
 from truetune.data.plan import StepPlan
 from truetune.errors import ModelError, NonFiniteError
 from truetune.models import load
+from truetune.models.families import decoder_parts
+from truetune.models.layers import decoder_layers
 from truetune.models.precision import name_of
 from truetune.ops.probe import gemm_rate
 from truetune.recipes.setup import Setup
-from truetune.train.estimate import count_parameters, estimate_memory, flops_per_token, text_shape
+from truetune.train.estimate import Estimate, count_parameters, estimate_memory, flops_per_token, text_shape
 from truetune.train.log import Screen
-from truetune.train.memory import available_mb
+from truetune.train.memory import available_mb, resident_mb
 from truetune.train.step import NonFiniteStepError
 
 # Share of the measured matrix rate that a whole step reaches; the rest is attention, norms and memory traffic.
 _STEP_EFFICIENCY = 0.3
+# Share of the free memory that a plan may count on.
+_FITS = 0.9
 # Attention of one short example in one layer, forward and backward, on two cores.
 _SECONDS_PER_SEGMENT = 0.001
 
@@ -43,15 +47,9 @@ def outline(setup: Setup, screen: Screen) -> dict[str, Any]:
         packing=config.packing is not False, epochs=config.epochs, max_steps=config.max_steps,
     )  # fmt: skip
     share = prepared.report["trained_tokens"] / max(1, prepared.report["tokens"])
-    estimate = estimate_memory(
-        model,
-        setup.model_config,
-        storage=setup.precision.storage,
-        trained_share=share,
-        micro_tokens=min(plan.micro_tokens, _step_tokens(plan)),
-    )
-    seconds = _seconds(setup, plan, everything, share)
     available = available_mb(setup.device)
+    recompute, estimate = _memory(setup, model, plan, share, available)
+    seconds = _seconds(setup, plan, everything, share)
     screen.say(
         "plan",
         f"{plan.steps} steps of {config.batch_size} examples · about {_duration(seconds)} · "
@@ -59,6 +57,8 @@ def outline(setup: Setup, screen: Screen) -> dict[str, Any]:
     )
     if available is not None and estimate.total > available:
         screen.warn("this may not fit in memory: lower --micro-tokens or --max-length, or take a smaller model")
+    elif recompute == "full" and config.recompute == "auto":
+        screen.note("whole layers are computed again in the backward: keeping their parts would not fit in memory")
     return {
         "steps": plan.steps,
         "examples": plan.total,
@@ -67,10 +67,27 @@ def outline(setup: Setup, screen: Screen) -> dict[str, Any]:
         "rows": {name: prepared.report[name] for name in ("read", "used", "rejected")},
         "parameters": base,
         "trainable_parameters": trained,
+        "recompute": recompute,
         "memory_mb": {"weights": round(estimate.weights), "trained": round(estimate.trained),
                       "activations": round(estimate.activations), "peak": round(estimate.total)},
         "seconds": round(seconds, 1),
     }  # fmt: skip
+
+
+def _memory(setup: Setup, model: Any, plan: StepPlan, share: float, available: float | None) -> tuple[str, Estimate]:
+    """What the backward computes again, and the memory that this leaves to need; ``auto`` keeps what fits."""
+    layers = decoder_layers(model)
+    fused = setup.precision.autocast is None and bool(layers) and all(map(decoder_parts, layers))
+    asked = setup.config.recompute
+    for recompute in ("cheap", "full") if asked == "auto" else (asked,):
+        estimate = estimate_memory(
+            model, setup.model_config, storage=setup.precision.storage, trained_share=share,
+            micro_tokens=min(plan.micro_tokens, _step_tokens(plan)), process=resident_mb(setup.device),
+            fused=fused and setup.config.packing is not False, recompute=recompute,
+        )  # fmt: skip
+        if available is None or estimate.total < _FITS * available:
+            break
+    return recompute, estimate
 
 
 def _check_vocabulary(setup: Setup) -> None:
@@ -93,9 +110,9 @@ def _count(parameters: int) -> str:
 
 
 def default_micro_tokens(setup: Setup) -> int:
-    """Tokens per micro-batch when nobody says: what was recorded, what was asked for, else 2,048 or the longest row."""
+    """Tokens per micro-batch when nobody says: what was recorded, what was asked for, else 1,024 or the longest row."""
     longest = int(setup.prepared.train.lengths.max())
-    return setup.facts.get("micro_tokens") or setup.config.micro_tokens or max(2048, longest)
+    return setup.facts.get("micro_tokens") or setup.config.micro_tokens or max(1024, longest)
 
 
 def fill(plan: StepPlan) -> float:
@@ -149,6 +166,7 @@ def _say_data(setup: Setup, screen: Screen) -> None:
     screen.note(
         f"{report['tokens']:,} tokens · {share:.0%} trained · longest {report['max_length_seen']:,}"
         + (f" · {held['rows']:,} rows held out" if held else "")
+        + (" (tokens from the cache)" if setup.prepared.cached else "")
     )
     if template := setup.prepared.template:
         screen.note(f"template: {template.name} ({template.digest[:8]}) · every answer ends in a stop token, trained")

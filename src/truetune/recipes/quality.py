@@ -15,8 +15,9 @@ from truetune.data.mask import encode_rows
 from truetune.data.plan import sequential_batches
 from truetune.data.read import read_rows
 from truetune.eval.perplexity import Evaluation, evaluate
-from truetune.models import attention
+from truetune.models import forward
 from truetune.models.precision import Precision
+from truetune.models.survey import survey
 from truetune.recipes.generate import Speaker
 
 T = TypeVar("T")
@@ -53,7 +54,9 @@ def measure(speaker: Speaker, path: Path, *, limit: int, max_tokens: int = 2048)
     )
     batches = sequential_batches(examples, max_tokens, packing=True)
     precision = Precision(speaker.model.dtype, None, "as loaded")
-    with attention.segmented(speaker.model), torch.no_grad():
-        logits = functools.partial(attention.trained_logits, speaker.model)
-        evaluation = evaluate(logits, batches, autocast=functools.partial(precision.context, speaker.model.device.type))
-        return Quality(evaluation, logits(batches[0]).float())
+    path_through = forward.Path(speaker.model, survey(speaker.model), packing=True)
+    with forward.prepared(path_through), torch.no_grad():
+        autocast = functools.partial(precision.context, speaker.model.device.type)
+        evaluation = evaluate(path_through.scores, batches, autocast=autocast)
+        first = torch.cat([scores.float() for scores, _ in path_through.scores(batches[0])])
+        return Quality(evaluation, first)

@@ -16,10 +16,11 @@ from truetune.checkpoint.atomic import is_valid
 from truetune.checkpoint.run_state import Progress
 from truetune.config.sft import TrainConfig
 from truetune.errors import CheckpointError
+from truetune.ops import dispatch
 from truetune.train.log import Screen
 
 # Settings that may differ between a run and its resumption, because they do not change what is computed.
-_FREE = {"out", "resume", "keep", "save_every", "eval_every", "log_every", "dry_run", "select", "device"}
+_FREE = {"out", "resume", "keep", "save_every", "eval_every", "log_every", "dry_run", "select", "device", "recompute"}
 
 _WORDS = {"data": "data", "held_out": "held-out data", "base": "base model's weights"}
 
@@ -84,7 +85,7 @@ def check_facts(before: Mapping[str, Any], now: Mapping[str, Any], screen: Scree
 
 def environment() -> dict[str, Any]:
     """What the last bits of a result depend on beside the settings."""
-    return {"torch": str(torch.__version__), "threads": torch.get_num_threads()}
+    return {"torch": str(torch.__version__), "threads": torch.get_num_threads(), "kernels": dispatch.describe()}
 
 
 def restore(out: Path, checkpoint: Path, model: Any, optimizer: torch.optim.Optimizer, screen: Screen) -> Progress:

@@ -19,9 +19,12 @@ from truetune.config.sft import TrainConfig
 from truetune.data.plan import StepPlan, sequential_batches
 from truetune.data.rejects import write_rejects
 from truetune.eval.perplexity import Evaluation, evaluate
-from truetune.models import attention, load
+from truetune.models import forward, load
+from truetune.models.layers import decoder_layers
 from truetune.models.precision import choose_device, choose_precision
+from truetune.models.survey import survey
 from truetune.models.tokenizer import ChatTokenizer
+from truetune.ops import dispatch
 from truetune.ops.allocator import keep_freed_memory
 from truetune.optim.adamw import adamw
 from truetune.optim.schedule import Schedule, warmup_steps
@@ -65,9 +68,9 @@ def run_training(resolved: Resolved[Any], prepare: Prepare, *, screen: Screen | 
     with locked(setup.folder):
         start(setup.folder, resolved)
         write_rejects(setup.folder.path / "data" / "rejects.jsonl", setup.prepared.rejects)
-        plan = _plan(setup, model, screen)
-        with attention.segmented(model) if plan.packing else contextlib.nullcontext():
-            progress, evaluation = _train(setup, model, plan, screen)
+        plan, way = _plan(setup, model, outline["recompute"], screen)
+        with forward.prepared(way, recompute=outline["recompute"]):
+            progress, evaluation = _train(setup, way, plan, screen)
         return result.finish(setup, model, progress, evaluation, screen=screen, seconds=time.perf_counter() - began)
 
 
@@ -107,28 +110,32 @@ def _base_identity(model: str, model_config: Any) -> str | None:
     return getattr(model_config, "_commit_hash", None)
 
 
-def _plan(setup: Setup, model: Any, screen: Screen) -> StepPlan:
+def _plan(setup: Setup, model: Any, recompute: str, screen: Screen) -> tuple[StepPlan, forward.Path]:
     config, facts = setup.config, setup.facts
     resumed = "packing" in facts
     packing = facts.get("packing", config.packing)
+    sets = [found for found in (setup.prepared.train, setup.prepared.held_out) if found]
+    with setup.precision.context(setup.device):
+        found = survey(model, longest=max(int(found.lengths.max()) for found in sets))
     if packing is None or (packing and not resumed):
-        sets = [found for found in (setup.prepared.train, setup.prepared.held_out) if found]
-        able = attention.supports_segments(model, longest=max(int(found.lengths.max()) for found in sets))
-        if packing and not able:
+        if packing and not found.packs:
             screen.warn("--packing: this model does not keep packed rows apart; rows are padded instead")
-        elif not able:
+        elif not found.packs:
             screen.note("rows are padded: this model does not keep packed rows apart")
-        packing = able
+        packing = found.packs
+    fused = len(found.fusable) if packing else 0
+    screen.note(f"kernels: {dispatch.describe()} · {fused} of {len(decoder_layers(model))} layers fused")
     micro = facts.get("micro_tokens") or config.micro_tokens or plan_report.default_micro_tokens(setup)
-    setup.facts.update(packing=packing, micro_tokens=micro)
-    return StepPlan.build(
+    setup.facts.update(packing=packing, micro_tokens=micro, recompute=recompute)
+    plan = StepPlan.build(
         setup.prepared.train, batch_size=config.batch_size, micro_tokens=micro, packing=packing, seed=config.seed,
         epochs=config.epochs, max_steps=config.max_steps,
     )  # fmt: skip
+    return plan, forward.Path(model, found, packing)
 
 
-def _train(setup: Setup, model: Any, plan: StepPlan, screen: Screen) -> tuple[Progress, Evaluation | None]:
-    config, prepared = setup.config, setup.prepared
+def _train(setup: Setup, way: forward.Path, plan: StepPlan, screen: Screen) -> tuple[Progress, Evaluation | None]:
+    config, prepared, model = setup.config, setup.prepared, way.model
     write_json(setup.folder.path / "data" / "report.json", prepared.report | {"packing_fill": plan_report.fill(plan)})
     parameters = run_state.trained_state(model)
     optimizer = adamw(parameters, lr=config.peak_lr, weight_decay=config.weight_decay)
@@ -137,7 +144,6 @@ def _train(setup: Setup, model: Any, plan: StepPlan, screen: Screen) -> tuple[Pr
         restored = resume.restore(setup.folder.path, setup.folder.checkpoint, model, optimizer, screen)
         progress = replace(restored, facts=setup.facts)
         screen.say("resume", f"from {setup.folder.checkpoint}, step {progress.step} of {plan.steps}")
-    logits = functools.partial(attention.trained_logits, model)
     autocast = functools.partial(setup.precision.context, setup.device)
     last: list[Evaluation] = []
 
@@ -145,7 +151,7 @@ def _train(setup: Setup, model: Any, plan: StepPlan, screen: Screen) -> tuple[Pr
         assert prepared.held_out is not None
         batches = sequential_batches(prepared.held_out, plan.micro_tokens, packing=plan.packing)
         with evaluating(model):
-            last[:] = [evaluate(logits, batches, autocast=autocast)]
+            last[:] = [evaluate(way.scores, batches, autocast=autocast)]
         return last[0].loss, last[0].tokens
 
     log = RunLog(setup.folder.log, screen, steps=plan.steps, start=progress.step, every=config.log_every)
@@ -153,7 +159,7 @@ def _train(setup: Setup, model: Any, plan: StepPlan, screen: Screen) -> tuple[Pr
     run = Run(
         plan=plan,
         schedule=Schedule(config.peak_lr, plan.steps, warmup, config.schedule),
-        logits=logits,
+        loss_of=way.loss,
         parameters=list(parameters.values()),
         optimizer=optimizer,
         autocast=autocast,
@@ -162,6 +168,7 @@ def _train(setup: Setup, model: Any, plan: StepPlan, screen: Screen) -> tuple[Pr
         save_every=config.save_every,
         eval_every=config.eval_every,
         evaluate=held_out if prepared.held_out else None,
+        out_of_memory=lambda tokens: _say_smaller(setup, tokens, screen),
         save=lambda p: _save(setup, model, optimizer, p),
         log=log,
     )
@@ -177,6 +184,12 @@ def _train(setup: Setup, model: Any, plan: StepPlan, screen: Screen) -> tuple[Pr
     if prepared.held_out and not last:  # the result is the best state, or there was no step left to do
         held_out()
     return progress, last[0] if last else None
+
+
+def _say_smaller(setup: Setup, tokens: int, screen: Screen) -> None:
+    """Recorded as well, so that a resumed run cuts its steps the same way."""
+    setup.facts["micro_tokens"] = tokens
+    screen.warn(f"out of memory: going on with at most {tokens:,} tokens at a time, which changes no result")
 
 
 def _save(setup: Setup, model: Any, optimizer: torch.optim.Optimizer, progress: Progress) -> None:

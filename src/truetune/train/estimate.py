@@ -1,7 +1,7 @@
 """What a run will need, before it starts: parameters, memory, time.
 
 Memory is the sum of what is known exactly (weights, adapter, gradients, optimizer state) and of the activations of one
-micro-batch, counted per token from the layer's shapes as transformers' modelling code keeps them for the backward pass.
+micro-batch, counted per token from the layer's shapes as they are kept for the backward pass.
 """
 
 from __future__ import annotations
@@ -13,20 +13,25 @@ from typing import Any
 import torch
 from torch import nn
 
-# What the interpreter, torch and transformers occupy before a model is loaded.
-PROCESS_MB = 420.0
 # What oneDNN keeps of the kernels it compiles for low-precision products on a CPU, one per size it meets.
-KERNELS_MB = 350.0
+KERNELS_MB = 120.0
+# Logits of a chunk and what its softmax needs beside them.
+LOGITS_MB = 140.0
 
 
 @dataclass(frozen=True)
 class Estimate:
     """All in MB (10^6 bytes)."""
 
+    process: float  # what the process holds before a model is loaded
     weights: float
     trained: float  # parameters, gradients and AdamW's two moments, float32
-    activations: float
-    total: float
+    activations: float  # kept for the backward, and in use at its busiest moment
+
+    @property
+    def total(self) -> float:
+        """The peak."""
+        return self.process + self.weights + self.trained + self.activations
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -36,7 +41,15 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def estimate_memory(
-    model: nn.Module, config: Any, *, storage: torch.dtype, micro_tokens: int, trained_share: float
+    model: nn.Module,
+    config: Any,
+    *,
+    storage: torch.dtype,
+    micro_tokens: int,
+    trained_share: float,
+    process: float,
+    fused: bool,
+    recompute: str,
 ) -> Estimate:
     """Peak memory of training ``model`` (which may be on the meta device).
 
@@ -44,29 +57,47 @@ def estimate_memory(
         storage: dtype of the frozen weights.
         micro_tokens: tokens of the largest micro-batch.
         trained_share: share of its tokens that carry a loss, and so need logits.
+        process: MB held before a model is loaded.
+        fused: the layers are computed from fused parts.
+        recompute: ``none``, ``cheap`` or ``full``.
     """
     everything, trained = count_parameters(model)
     width = storage.itemsize
-    weights = (everything - trained) * width / 1e6
-    state = trained * 16 / 1e6
+    on_cpu = not torch.cuda.is_available()
     shape = text_shape(config)
-    per_token = shape["layers"] * (shape["hidden"] * 14 + shape["inner"] * 5) * width
-    # float32 logits, their softmax, and the gradients of both, beside the logits in the storage's dtype
-    logits = trained_share * shape["vocab"] * (3 * 4 + width)
-    activations = micro_tokens * (per_token + logits) / 1e6
-    kernels = KERNELS_MB if width < 4 and not torch.cuda.is_available() else 0.0
-    return Estimate(weights, state, activations, PROCESS_MB + kernels + weights + state + activations)
+    layer = _kept_by_layer(shape, fused=fused, keeps_cheap=recompute == "none") * width
+    between = shape["hidden"] * width
+    kept = shape["layers"] * between + layer if recompute == "full" else shape["layers"] * layer
+    busiest = (4 * shape["inner"] + 4 * shape["hidden"]) * width
+    logits = trained_share * micro_tokens * shape["vocab"] * width / 1e6
+    activations = micro_tokens * (kept + busiest) / 1e6 + min(LOGITS_MB, 2 * logits)
+    activations += KERNELS_MB if width < 4 and on_cpu else 0.0
+    return Estimate(process, (everything - trained) * width / 1e6, trained * 16 / 1e6, activations)
+
+
+def _kept_by_layer(shape: Mapping[str, int], *, fused: bool, keeps_cheap: bool) -> int:
+    """Values per token that a layer keeps for its backward."""
+    hidden, inner = shape["hidden"], shape["inner"]
+    if not fused:  # as transformers' modelling code: norms widened, both factors of every product
+        return hidden * 14 + inner * 5
+    queries, keys = shape["queries"], shape["keys"]
+    kept = 2 * hidden + 2 * queries + 2 * keys + 2 * inner  # residual twice, q, k, v, attention's output, gate, up
+    return kept + 2 * hidden + inner if keeps_cheap else kept
 
 
 def text_shape(config: Any) -> Mapping[str, int]:
-    """Layers, hidden size, MLP size and vocabulary, by whichever names a family's config uses."""
+    """Layers, vocabulary and widths (residual stream, queries, keys, MLP), by whichever names a config uses."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
 
     def first(*names: str, default: int) -> int:
         return next((v for n in names if isinstance(v := getattr(text, n, None), int) and v > 0), default)
 
     hidden = first("hidden_size", "n_embd", "d_model", default=1)
+    heads = first("num_attention_heads", "n_head", default=1)
+    head = first("head_dim", default=hidden // heads)
     return {
+        "queries": heads * head,
+        "keys": first("num_key_value_heads", default=heads) * head,
         "layers": first("num_hidden_layers", "n_layer", "num_layers", default=1),
         "hidden": hidden,
         "inner": first("intermediate_size", "n_inner", "ffn_dim", default=4 * hidden),

@@ -16,11 +16,11 @@ from torch.nn import Parameter
 
 from truetune.checkpoint.run_state import Progress
 from truetune.data.plan import StepPlan
-from truetune.errors import StoppedError
+from truetune.errors import OutOfMemoryError, StoppedError
 from truetune.optim.schedule import Schedule
 from truetune.train.log import RunLog
 from truetune.train.memory import peak_mb
-from truetune.train.step import UNTOUCHED, Logits, NonFiniteStepError, StepResult, accumulate, update
+from truetune.train.step import UNTOUCHED, Loss, NonFiniteStepError, StepResult, accumulate, is_out_of_memory, update
 from truetune.train.stop import StopRequest
 
 
@@ -30,7 +30,7 @@ class Run:
 
     plan: StepPlan
     schedule: Schedule
-    logits: Logits
+    loss_of: Loss
     parameters: list[Parameter]
     optimizer: torch.optim.Optimizer
     autocast: Callable[[], AbstractContextManager[object]]
@@ -40,6 +40,7 @@ class Run:
     eval_every: int
     evaluate: Callable[[], tuple[float, int]] | None  # -> (mean held-out loss, tokens)
     save: Callable[[Progress], None]
+    out_of_memory: Callable[[int], None]  # told the new number of tokens per micro-batch
     log: RunLog
 
 
@@ -75,8 +76,7 @@ def train(run: Run, progress: Progress) -> Progress:
 def _step(run: Run, progress: Progress) -> Progress:
     step = progress.step  # counted from 0 here, from 1 in the log
     rate = run.schedule.at(step)
-    batches = run.plan.micro_batches(step)
-    result = accumulate(run.logits, batches, seed=run.seed, step=step, autocast=run.autocast)
+    result = _accumulated(run, step)
     norm = update(run.optimizer, run.parameters, lr=rate, clip=run.clip)
     if not math.isfinite(norm):
         what = f"the gradient is not finite; {UNTOUCHED}"
@@ -88,6 +88,25 @@ def _step(run: Run, progress: Progress) -> Progress:
         tokens=progress.tokens + result.tokens,
         trained_tokens=progress.trained_tokens + result.trained_tokens,
     )
+
+
+def _accumulated(run: Run, step: int) -> StepResult:
+    """The step's gradient, in smaller micro-batches if memory runs out: what it is does not depend on the cut."""
+    while True:
+        batches = run.plan.micro_batches(step)
+        try:
+            return accumulate(run.loss_of, batches, seed=run.seed, step=step, autocast=run.autocast)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            largest = max(batch.input_ids.numel() for batch in batches)
+            if all(len(batch.examples) == 1 for batch in batches):
+                raise OutOfMemoryError(largest) from None
+        # Only here is the failed attempt's memory free: the exception held its frames.
+        for parameter in run.parameters:
+            parameter.grad = None
+        run.plan.micro_tokens = max(1, min(run.plan.micro_tokens, largest) // 2)
+        run.out_of_memory(run.plan.micro_tokens)
 
 
 def _row(result: StepResult, rate: float, norm: float, device: str) -> dict[str, float | int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import torch
@@ -22,6 +23,17 @@ def peak_mb(device: str = "cpu") -> float:
         return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+def resident_mb(device: str = "cpu") -> float:
+    """What this process holds now, in MB; 0 on CUDA, where only the device's is scarce, and without ``/proc``."""
+    if device == "cuda":
+        return 0.0
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+    except (OSError, AttributeError):
+        return 0.0
 
 
 def available_mb(device: str = "cpu") -> float | None:

@@ -17,10 +17,9 @@ from torch.nn import Parameter
 
 from truetune.data.pack import Batch
 from truetune.errors import NonFiniteError
-from truetune.ops.loss import cross_entropy_sum
 from truetune.ops.rng import derive_seed
 
-Logits = Callable[[Batch], Tensor]
+Loss = Callable[[Batch], Tensor]  # the sum over the trained tokens of a micro-batch
 UNTOUCHED = "the weights are as they were before this step"
 
 
@@ -45,7 +44,7 @@ class NonFiniteStepError(NonFiniteError):
 
 
 def accumulate(
-    logits: Logits,
+    loss_of: Loss,
     batches: Sequence[Batch],
     *,
     seed: int,
@@ -54,7 +53,8 @@ def accumulate(
 ) -> StepResult:
     """Forward and backward over the micro-batches of one step; gradients add up in the parameters.
 
-    Dropout draws from (seed, step, micro-batch), so a resumed run sees the same masks.
+    The masks of adapters derive from counters of the tokens; what a model drops on its own draws from (seed, step,
+    micro-batch). So a resumed run sees the same masks.
 
     Raises:
         NonFiniteStepError: naming the examples of the first micro-batch whose loss is not finite.
@@ -66,14 +66,18 @@ def accumulate(
             continue
         torch.manual_seed(derive_seed(seed, "dropout", step, index))
         with autocast():
-            scores = logits(batch)
-            loss = cross_entropy_sum(scores, batch.targets.to(scores.device))
+            loss = loss_of(batch)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise NonFiniteStepError(f"the loss is not finite; {UNTOUCHED}", step=step + 1, examples=batch.examples)
         total += value
         (loss / count).backward()  # type: ignore[no-untyped-call]
     return StepResult(total / max(1, count), sum(b.tokens for b in batches), count)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed; torch has no class of its own for it on the CPU."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def update(optimizer: torch.optim.Optimizer, parameters: Iterable[Parameter], *, lr: float, clip: float) -> float:

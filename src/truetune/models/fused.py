@@ -1,0 +1,119 @@
+"""A decoder layer from fused parts: four nodes for its seven projections, with norms and activations inside them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from truetune.models.attention import AttentionSettings, row
+from truetune.models.families import DecoderParts, groups
+from truetune.ops.attention import rotary_segment_attention
+from truetune.ops.projection import Gated, project
+from truetune.ops.rng import current_keys, keyed
+
+Recompute = Literal["none", "cheap", "full"]
+Forward = Callable[..., Any]
+
+
+class FusedLayer:
+    """Stands in for a layer's ``forward`` while a packed row is computed; for anything else the layer's own runs.
+
+    Args:
+        own: the layer's own forward.
+        recompute: ``none`` keeps norms and activations for the backward, ``cheap`` computes them again, ``full``
+            computes the whole layer again.
+        is_last: only the wanted columns go on after the attention.
+    """
+
+    def __init__(
+        self, parts: DecoderParts, settings: AttentionSettings, own: Forward, *, recompute: Recompute, is_last: bool
+    ) -> None:
+        self.parts, self.settings, self.own = parts, settings, own
+        self.keep, self.again, self.is_last = recompute != "cheap", recompute == "full", is_last
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """[1, T, hidden] -> [1, T or wanted columns, hidden]."""
+        packed, rotary = row.get(), kwargs.get("position_embeddings")
+        if packed is None or rotary is None or kwargs.get("past_key_values") is not None:
+            return self.own(hidden_states, *args, **kwargs)
+        columns = packed.columns if self.is_last else None
+        if self.again and torch.is_grad_enabled():
+            keys = current_keys(hidden_states.shape[1])
+            return checkpoint(
+                self._keyed, keys, hidden_states, rotary, packed.lengths, columns,
+                use_reentrant=False, preserve_rng_state=False,
+            )  # fmt: skip
+        return self._forward(hidden_states, rotary, packed.lengths, columns)
+
+    def _keyed(self, keys: Tensor, *args: Any) -> Tensor:
+        """The backward runs this a second time, when the counters of the tokens are no longer those in force."""
+        with keyed(keys):
+            return self._forward(*args)
+
+    def _forward(
+        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], lengths: tuple[int, ...], columns: Tensor | None
+    ) -> Tensor:
+        parts, x = self.parts, hidden[0]
+        qkv, _, _, _ = groups(parts, len(x))
+        assert qkv is not None
+        flat = project(qkv, x, source=parts.input_norm, keep=self.keep)
+        q, k, v = (y.view(len(x), -1, parts.head_dim) for y in flat)
+        mixed = self._attend(q, k, v, rotary, lengths)
+        if columns is None:
+            return self._rest(x, mixed)[None]
+        keys = current_keys(len(x))
+        with keyed(keys[columns]):
+            return self._rest(x[columns], mixed[columns])[None]
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, rotary: tuple[Tensor, Tensor], lengths: tuple[int, ...]
+    ) -> Tensor:
+        parts, settings = self.parts, self.settings
+        q = parts.q_norm(q) if parts.q_norm else q
+        k = parts.k_norm(k) if parts.k_norm else k
+        cos, sin = (t[0] for t in rotary)
+        mixed = rotary_segment_attention(
+            q, k, v, lengths, cos=cos, sin=sin, scale=settings.scale, window=settings.window, softcap=settings.softcap
+        )
+        return mixed.flatten(1)
+
+    def _rest(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """What follows the attention, row by row."""
+        parts = self.parts
+        _, o, gate_up, down = groups(parts, len(x))
+        assert o is not None
+        assert gate_up is not None
+        assert down is not None
+        (x,) = project(o, mixed, residual=x)
+        gate, up = project(gate_up, x, source=parts.mlp_norm, keep=self.keep)
+        return project(down, gate, up, source=Gated(parts.activation), residual=x, keep=self.keep)[0]
+
+
+class Recomputed:
+    """A layer's own forward, computed again in the backward."""
+
+    def __init__(self, own: Forward) -> None:
+        self.own = own
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the layer's."""
+        if not torch.is_grad_enabled():
+            return self.own(*args, **kwargs)
+        return checkpoint(self.own, *args, use_reentrant=False, **kwargs)
+
+
+@contextlib.contextmanager
+def standing_in(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
+    """Let these forwards stand in for the modules' own, and give them back afterwards."""
+    for module, forward in forwards.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module in forwards:
+            del module.forward
