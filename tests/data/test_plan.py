@@ -3,11 +3,13 @@
 from collections import Counter
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from truetune.data.plan import StepPlan, sequential_batches
 from truetune.data.schema import Origin, TokenSet
+from truetune.ops.rng import token_keys
 
 
 def rows(count: int) -> TokenSet:
@@ -75,3 +77,54 @@ def test_another_seed_is_another_order() -> None:
 def test_evaluation_sees_every_example_once(packing: bool) -> None:
     batches = sequential_batches(rows(17), 8, packing=packing)
     assert sorted(i for batch in batches for i in batch.examples) == list(range(17))
+
+
+def keys_by_token(one: StepPlan, step: int) -> dict[tuple[int, int], int]:
+    """(example, position) → the key of that token."""
+    found: dict[tuple[int, int], int] = {}
+    for batch in one.micro_batches(step):
+        assert batch.keys is not None
+        widths = batch.lengths or [batch.input_ids.shape[1]] * len(batch.examples)
+        assert len(batch.keys) == batch.input_ids.numel() == sum(widths)
+        for example, keys in zip(batch.examples, batch.keys.split(list(widths)), strict=True):
+            length = int(one.data.lengths[example])
+            found |= {(example, i): int(key) for i, key in enumerate(keys[:length])}
+    return found
+
+
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("budget", [1, 7, 12, 1000])
+def test_a_token_s_key_depends_on_seed_step_example_and_place_and_on_no_cut(budget: int, packing: bool) -> None:
+    one = StepPlan(rows(9), 6, budget, packing, seed=5, steps=3, total=18)
+    expected = {
+        (example, i): int(key)
+        for example in one.examples(2)
+        for i, key in enumerate(token_keys(5, 2, [example], [int(one.data.lengths[example])]))
+    }
+    assert keys_by_token(one, 2) == expected
+
+
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
+def test_a_budget_that_shrinks_on_the_way_moves_no_key(packing: bool) -> None:
+    one = StepPlan(rows(9), 9, 1000, packing, seed=5, steps=3, total=27)
+    before = keys_by_token(one, 1)
+    one.micro_tokens = 6
+    assert keys_by_token(one, 1) == before
+
+
+def test_each_step_and_each_seed_has_keys_of_its_own() -> None:
+    found = [set(keys_by_token(plan(9, 9, 3, seed=seed), step).values()) for seed in (0, 1) for step in range(3)]
+    assert len(set.union(*found)) == sum(map(len, found)) == 6 * sum(2 + i % 5 for i in range(9))
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_evaluation_has_no_keys(packing: bool) -> None:
+    assert all(batch.keys is None for batch in sequential_batches(rows(5), 8, packing=packing))
+
+
+def test_keys_are_whole_numbers_of_64_bits_of_both_signs() -> None:
+    (batch,) = StepPlan(rows(9), 9, 1000, True, seed=5, steps=1, total=9).micro_batches(0)
+    assert batch.keys is not None
+    assert batch.keys.dtype == torch.int64
+    assert (batch.keys < 0).any()
+    assert (batch.keys > 0).any()

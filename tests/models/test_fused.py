@@ -60,14 +60,14 @@ def test_every_way_through_the_layers_gives_the_loss_and_gradients_of_the_defini
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", FUSABLE)
+@pytest.mark.parametrize("name", ["llama-bias", "qwen3"])
 def test_what_is_computed_again_is_what_was_computed_to_the_bit(tier: str, name: str, dtype: torch.dtype) -> None:
     model = adapted(name, dtype=dtype, dropout=0.3)
     kept, *again = (step(model, recompute=how) for how in ("none", "cheap", "full"))
     assert all(same_bits(kept, found) for found in again)
 
 
-@pytest.mark.parametrize("name", FUSABLE)
+@pytest.mark.parametrize("name", ["mistral", "qwen3", "gemma"])
 def test_bfloat16_is_no_worse_than_the_layers_own_code(tier: str, name: str) -> None:
     exact = truth(name, torch.bfloat16)
 

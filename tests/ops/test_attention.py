@@ -269,6 +269,28 @@ def test_lengths_that_do_not_add_up_are_refused(tier: str, lengths: list[int]) -
         segment_attention(q, k, v, lengths)
 
 
+@pytest.mark.parametrize("shape", [(18, 9), (1, 8), (18, 10), (8,)], ids=str)
+def test_angles_that_do_not_fit_are_refused(tier: str, shape: tuple[int, ...]) -> None:
+    q, k, v = (t[0].transpose(0, 1) for t in heads(4, 2))
+    with pytest.raises(ValueError, match="cos and sin"):
+        rotary_segment_attention(q, k, v, LENGTHS, cos=torch.ones(shape), sin=torch.ones(shape))
+    with pytest.raises(ValueError, match="cos and sin"):
+        rotary_segment_attention(q, k, v, LENGTHS, cos=torch.ones(18, 8))
+
+
+@pytest.mark.parametrize("part", [(slice(None), slice(0, 17)), (slice(0, 3),)], ids=["tokens", "heads"])
+def test_shapes_that_do_not_fit_reach_torch_which_refuses_them(tier: str, part: tuple[slice, ...]) -> None:
+    q, k, v = heads(4, 4)
+    with pytest.raises(RuntimeError):
+        segment_attention(q, k[0][part][None], v[0][part][None], LENGTHS)
+
+
+def test_values_may_be_of_another_width(tier: str) -> None:
+    q, k, v = heads(4, 2)
+    out = segment_attention(q, k, v[..., :3], LENGTHS)
+    torch.testing.assert_close(out, segment_attention(q, k, v, LENGTHS)[..., :3], atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_dropout_scales_what_it_keeps(softcap: float | None) -> None:
     q, k, v = heads(4, 4)

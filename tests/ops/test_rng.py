@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from truetune.adapters.lora import LoRALinear
+from truetune.adapters.lora import LoRALinear, projection_group
+from truetune.ops.projection import project
 from truetune.ops.rng import current_keys, derive_seed, generator, keyed, permutation, token_keys
 
 
@@ -86,6 +87,17 @@ def test_where_rows_are_not_tokens_keys_are_drawn() -> None:
     with keyed(torch.arange(3)):
         assert len(current_keys(4).unique()) == 4
         assert not torch.equal(current_keys(4), current_keys(4))
+
+
+@pytest.mark.parametrize("keys", [None, torch.arange(3)], ids=["drawn", "given"])
+def test_the_keys_go_where_the_layer_is(keys: Tensor | None) -> None:
+    """Rows are counted on the CPU, and dropped wherever the model lies."""
+    layer = LoRALinear(nn.Linear(8, 6, device="meta"), rank=2, alpha=2, dropout=0.3)
+    with keyed(keys):
+        group = projection_group((layer,), 3)
+    assert group is not None
+    (y,) = project(group, torch.ones(3, 8, device="meta"))
+    assert y.shape == (3, 6)
 
 
 def alone(p: float = 0.3) -> LoRALinear:

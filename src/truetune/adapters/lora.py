@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from typing_extensions import Self
 
 from truetune.adapters.base import Adapter
 from truetune.config.lora import LoRA
 from truetune.ops import lowrank
+from truetune.ops.dropout import dropped
 from truetune.ops.frozen import FrozenLinear, is_conv1d
 from truetune.ops.projection import Group, Projection, project
 from truetune.ops.rng import current_keys
@@ -108,9 +108,15 @@ class LoRALinear(Adapter):
         if group is not None and x.dtype == self.weight.dtype and not torch.is_autocast_enabled(x.device.type):
             (out,) = project(group, x.reshape(rows, x.shape[-1]))
             return out.view(*x.shape[:-1], out.shape[1])
-        low = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        low = self._dropped(x, rows)
         y: Tensor = self.base(x)
         return y + lowrank.linear(low, self.lora_a, self.lora_b, self.scale).to(y.dtype)
+
+    def _dropped(self, x: Tensor, rows: int) -> Tensor:
+        if not (self.dropout and self.training):
+            return x
+        flat = x.reshape(rows, x.shape[-1])
+        return dropped(flat, self.dropout, current_keys(rows, x.device), self.site).view_as(x)
 
     def params(self) -> LoRAParams:
         """The trained tensors and their scale."""
@@ -137,7 +143,7 @@ def projection_group(modules: Sequence[nn.Module], tokens: int) -> Group | None:
     found = tuple(p for p in projections if p is not None)
     if not (adapted and adapted[0].dropout and adapted[0].training):
         return Group(found)
-    return Group(found, adapted[0].dropout, current_keys(tokens), adapted[0].site)
+    return Group(found, adapted[0].dropout, current_keys(tokens, adapted[0].weight.device), adapted[0].site)
 
 
 def _projection(module: nn.Module) -> Projection | None:

@@ -38,7 +38,7 @@ class Path:
         targets = batch.targets.to(self.model.device)
         if head is None:
             return cross_entropy_sum(trained_logits(self.model, batch), targets)
-        return linear_cross_entropy(self._hidden(batch), targets, head)
+        return linear_cross_entropy(self._hidden(batch), targets, head, keys=_keys_of_trained(batch))
 
     def scores(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
         """Logits and targets at the positions that predict a trained token, some rows at a time.
@@ -70,6 +70,13 @@ class Path:
         with set_to(row, PackedRow(packed.lengths, packed.columns if cuts else None)), keyed(packed.keys):
             last: Tensor = core(input_ids=packed.ids, use_cache=False, **packed.keywords).last_hidden_state[0]
         return (last if cuts else last[packed.columns])[: len(batch.columns)]
+
+
+def _keys_of_trained(batch: Batch) -> Tensor | None:
+    """[n] int64: the counters of the positions that predict a trained token, for what the head's adapter drops."""
+    if batch.keys is None:
+        return None
+    return batch.keys.view(batch.input_ids.shape)[:, batch.columns].flatten()[batch.picks]
 
 
 @contextlib.contextmanager
@@ -118,6 +125,7 @@ class _PackedInputs:
             columns = torch.cat([columns, columns.new_zeros(spare)])
         device = model.device
         keywords = {"position_ids": positions.to(device), **borders(lengths, device)}
+        keys = None if keys is None else keys.to(device)  # here, and not once per layer
         return cls(ids.to(device), columns.to(device), lengths, keys, keywords)
 
 

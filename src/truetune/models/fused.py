@@ -14,7 +14,7 @@ from truetune.models.attention import AttentionSettings, row
 from truetune.models.families import DecoderParts, groups
 from truetune.ops.attention import rotary_segment_attention
 from truetune.ops.projection import Gated, project
-from truetune.ops.rng import current_keys, keyed
+from truetune.ops.rng import current_keys, keyed, keys_in_force
 
 Recompute = Literal["none", "cheap", "full"]
 Forward = Callable[..., Any]
@@ -43,7 +43,7 @@ class FusedLayer:
             return self.own(hidden_states, *args, **kwargs)
         columns = packed.columns if self.is_last else None
         if self.again and torch.is_grad_enabled():
-            keys = current_keys(hidden_states.shape[1])
+            keys = current_keys(hidden_states.shape[1], hidden_states.device)
             return checkpoint(
                 self._keyed, keys, hidden_states, rotary, packed.lengths, columns,
                 use_reentrant=False, preserve_rng_state=False,
@@ -66,8 +66,8 @@ class FusedLayer:
         mixed = self._attend(q, k, v, rotary, lengths)
         if columns is None:
             return self._rest(x, mixed)[None]
-        keys = current_keys(len(x))
-        with keyed(keys[columns]):
+        keys = keys_in_force()
+        with keyed(None if keys is None else keys[columns]):
             return self._rest(x[columns], mixed[columns])[None]
 
     def _attend(
@@ -104,16 +104,25 @@ class Recomputed:
         """As the layer's."""
         if not torch.is_grad_enabled():
             return self.own(*args, **kwargs)
-        return checkpoint(self.own, *args, use_reentrant=False, **kwargs)
+        return checkpoint(self._keyed, keys_in_force(), *args, use_reentrant=False, **kwargs)
+
+    def _keyed(self, keys: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+        """The backward runs this a second time, when the counters of the tokens are no longer those in force."""
+        with keyed(keys):
+            return self.own(*args, **kwargs)
 
 
 @contextlib.contextmanager
 def standing_in(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
     """Let these forwards stand in for the modules' own, and give them back afterwards."""
+    given = {module: module.__dict__["forward"] for module in forwards if "forward" in module.__dict__}
     for module, forward in forwards.items():
         module.forward = forward
     try:
         yield
     finally:
         for module in forwards:
-            del module.forward
+            if module in given:
+                module.forward = given[module]
+            else:
+                del module.forward

@@ -75,7 +75,8 @@ def survey(model: PreTrainedModel, *, longest: int | None = None) -> Survey:
     """
     windows = {window for window in _windows_of(model.config) if longest is None or window < longest}
     texts = _texts(model, windows, longest)
-    layers, was_training, seen = decoder_layers(model), model.training, Witness()
+    layers, seen = decoder_layers(model), Witness()
+    learning = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.no_grad(), quiet():
@@ -91,7 +92,8 @@ def survey(model: PreTrainedModel, *, longest: int | None = None) -> Survey:
             fusable = {} if mixed else _fusable(model, layers, texts, alone, seen.calls)
             return Survey(True, fusable, layers[-1] if layers else None, core, head)
     finally:
-        model.train(was_training)
+        for module in learning:
+            module.training = True
 
 
 def _texts(model: PreTrainedModel, windows: set[int], longest: int | None) -> list[Tensor]:
@@ -153,6 +155,7 @@ def _fusable(
     for layer in layers:
         parts = decoder_parts(layer)
         drops = parts is not None and float(getattr(parts.attention, "attention_dropout", 0.0) or 0.0) > 0
+        drops |= any(isinstance(m, nn.Dropout) and m.p > 0 for m in layer.modules())  # invisible while it is tried
         if parts is not None and parts.attention in calls and not drops:
             found[layer] = (parts, calls[parts.attention])
     tried = {layer: FusedLayer(*made, layer.forward, recompute="none", is_last=False) for layer, made in found.items()}

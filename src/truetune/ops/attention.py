@@ -43,10 +43,11 @@ def segment_attention(
         ValueError: the lengths do not sum to T.
     """
     rule = _rule(q.shape[2], q.shape[3], lengths, scale, window, softcap)
-    if not dropout and (library := _native(q, k, v)):
-        heads = (t[0].transpose(0, 1) for t in (q, k, v))
-        mixed: Tensor = _Native.apply(library, rule, *heads, None, None)  # type: ignore[no-untyped-call]
-        return mixed.transpose(0, 1)[None]
+    if not dropout and q.shape[0] == 1:
+        heads = [t[0].transpose(0, 1) for t in (q, k, v)]
+        if library := _native(*heads):
+            mixed: Tensor = _Native.apply(library, rule, *heads, None, None)  # type: ignore[no-untyped-call]
+            return mixed.transpose(0, 1)[None]
     return _by_segment(q, k, v, rule, dropout)
 
 
@@ -74,10 +75,13 @@ def rotary_segment_attention(
     Returns:
         [n, heads, d] in the dtype of ``q``.
     Raises:
-        ValueError: the lengths do not sum to n.
+        ValueError: the lengths do not sum to n, or cos and sin are not [n, rotary].
     """
     rule = _rule(q.shape[0], q.shape[2], lengths, scale, window, softcap)
-    if library := _native(q, k, v, *(t for t in (cos, sin) if t is not None)):
+    angles = [t for t in (cos, sin) if t is not None]
+    if angles and (len(angles) == 1 or not _are_angles(q, *angles)):
+        raise ValueError(f"cos and sin are {[list(t.shape) for t in angles]}, the tokens {list(q.shape)}")
+    if library := _native(q, k, v, *angles):
         mixed: Tensor = _Native.apply(library, rule, q, k, v, cos, sin)  # type: ignore[no-untyped-call]
         return mixed
     if cos is not None and sin is not None:
@@ -128,9 +132,16 @@ class _Native(torch.autograd.Function):
 
 
 def _native(q: Tensor, k: Tensor, v: Tensor, *angles: Tensor) -> Library | None:
-    """The library, if it can take these."""
-    fits = q.dtype == k.dtype == v.dtype and q.shape[-1] <= native.MAX_DIM and not any(t.requires_grad for t in angles)
-    return dispatch.native(q, k, v, *angles) if fits else None
+    """The library, if it can take these: it checks no shape, and what torch refuses must come to torch."""
+    n, heads, dim = q.shape
+    shared = k.ndim == 3 and k.shape == v.shape == (n, k.shape[1], dim) and k.shape[1] and heads % k.shape[1] == 0
+    alike = q.dtype == k.dtype == v.dtype and not any(t.requires_grad for t in angles)
+    return dispatch.native(q, k, v, *angles) if shared and alike and dim <= native.MAX_DIM else None
+
+
+def _are_angles(q: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    rotary = cos.shape[-1]
+    return cos.shape == sin.shape == (len(q), rotary) and rotary % 2 == 0 and rotary <= q.shape[2]
 
 
 def _rule(

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from truetune.ops import buffers
 from truetune.ops.cross_entropy import softmax_cross_entropy_
+from truetune.ops.rng import keyed
 
 # Logits that exist at a time. The head's weight is read once per chunk, so a chunk should hold some hundred rows.
 _CHUNK_BYTES = 64 << 20
@@ -63,7 +64,13 @@ class Head:
 
 
 def linear_cross_entropy(
-    hidden: Tensor, targets: Tensor, head: Head, *, smoothing: float = 0.0, chunk: int | None = None
+    hidden: Tensor,
+    targets: Tensor,
+    head: Head,
+    *,
+    smoothing: float = 0.0,
+    chunk: int | None = None,
+    keys: Tensor | None = None,
 ) -> Tensor:
     """The sum of the cross-entropies of ``head(hidden)``, a few rows at a time.
 
@@ -74,6 +81,7 @@ def linear_cross_entropy(
         targets: [n] int64.
         smoothing: label smoothing, as in ``F.cross_entropy``.
         chunk: rows at a time; by default as many as make 64 MiB of logits.
+        keys: [n] int64, the counters of the rows, for what an adapter on the head drops.
     Returns:
         A scalar: float32, or float64 for float64.
     """
@@ -81,7 +89,7 @@ def linear_cross_entropy(
     wants = torch.is_grad_enabled() and (hidden.requires_grad or bool(head.parameters))
     if head.weight is None:
         total: Tensor = _TrainedHead.apply(  # type: ignore[no-untyped-call]
-            hidden, targets, head, smoothing, chunk or 256, wants, *head.parameters
+            hidden, targets, head, smoothing, chunk or 256, wants, keys, *head.parameters
         )
     else:
         rows = chunk or _rows(head.weight.shape[0] * head.weight.element_size())
@@ -143,13 +151,14 @@ class _TrainedHead(torch.autograd.Function):
         smoothing: float,
         rows: int,
         wants: bool,
+        keys: Tensor | None,
         *parameters: Tensor,
     ) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float64)
         sums = [torch.zeros_like(t) for t in (hidden, *parameters)] if wants else []
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
-            with torch.set_grad_enabled(wants):
+            with torch.set_grad_enabled(wants), keyed(None if keys is None else keys[part]):
                 rows_in = hidden[part].detach().requires_grad_(wants)
                 logits = head.logits(rows_in)
                 wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -164,7 +173,7 @@ class _TrainedHead(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         hidden, *parameters = [t * g.to(t.dtype) for t in ctx.sums]
-        return (hidden, None, None, None, None, None, *parameters)
+        return (hidden, None, None, None, None, None, None, *parameters)
 
 
 def _add(sums: Sequence[Tensor], part: slice, gradients: Sequence[Tensor]) -> None:

@@ -39,10 +39,15 @@ def keyed(keys: Tensor | None) -> Iterator[None]:
         _keys.reset(token)
 
 
-def current_keys(count: int) -> Tensor:
+def keys_in_force() -> Tensor | None:
+    """The tokens' counters, for who computes something a second time."""
+    return _keys.get()
+
+
+def current_keys(count: int, device: torch.device | None = None) -> Tensor:
     """[count] int64: the tokens' counters, or drawn ones where what is computed is not one row per token."""
     keys = _keys.get()
-    return keys if keys is not None and len(keys) == count else torch.randint(1 << 62, (count,))
+    return (keys if keys is not None and len(keys) == count else torch.randint(1 << 62, (count,))).to(device=device)
 
 
 def derive_seed(seed: int, *parts: str | int) -> int:
