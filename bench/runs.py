@@ -161,8 +161,5 @@ def environment(work: Path, threads: int | None) -> dict[str, str]:
     env = dict(os.environ) | OFFLINE | {name: str(work / "caches" / folder) for name, folder in caches.items()}
     if threads:
         env |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & env.keys():
-        # truetune lets its threads sleep on a machine that is busy, and the run before would make it look so.
-        busy = os.getloadavg()[0] > 0.75 * (os.cpu_count() or 1)
-        env |= {"OMP_WAIT_POLICY": "PASSIVE"} if busy else {"GOMP_SPINCOUNT": "300000"}  # libgomp's own default
-    return env
+    # What truetune sets for itself: on a shared machine threads that spin for long starve each other, a peer's as well.
+    return {"GOMP_SPINCOUNT": "2000"} | env

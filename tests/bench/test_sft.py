@@ -201,10 +201,9 @@ def test_a_stuck_process_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_all_processes_get_the_same_threads_and_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     env = runs.environment(tmp_path, 3)
     assert (env["OMP_NUM_THREADS"], env["MKL_NUM_THREADS"], env["HF_HUB_OFFLINE"]) == ("3", "3", "1")
-    assert {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & env.keys()
+    assert "GOMP_SPINCOUNT" in env
     assert env["TRUETUNE_CACHE"].startswith(str(tmp_path))
 
 

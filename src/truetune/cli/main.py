@@ -48,10 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Said before any library is imported that would phone home or spin up worker threads of its own.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    if _machine_is_busy():
-        # Threads that wait for each other by spinning starve on a shared processor: a step became 50 times slower.
-        # Sleeping costs 20 % where nothing else runs, so it is not the default.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads that wait for each other by spinning starve on a shared processor: a step became ten times slower and more.
+    # A short spin, then sleep, costs nothing that could be measured where nothing else runs.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a code page that lacks a letter must not end a run
             stream.reconfigure(errors="backslashreplace")
@@ -74,11 +73,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         print("error: this is a fault of truetune's, not yours; the lines above say where", file=sys.stderr)
         return 3
-
-
-def _machine_is_busy() -> bool:
-    """Whether others have been using most of the processors over the last minute."""
-    return hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.75 * (os.cpu_count() or 1)
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -108,7 +108,7 @@ class TrainingGroup(Options):
     )
     micro_tokens: int | None = option(
         None,
-        help="most tokens per micro-batch (default: 1024, or the longest row); the loss does not depend on it",
+        help="most tokens per micro-batch (default: 768, or the longest row); the loss does not depend on it",
         group="training",
         gt=0,
     )

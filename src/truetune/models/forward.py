@@ -20,7 +20,7 @@ from truetune.models.survey import Survey
 from truetune.ops.loss import cross_entropy_sum, linear_cross_entropy
 from truetune.ops.rng import keyed
 
-_SIZE_STEP = 64
+_SIZE_STEP = 128
 _SCORED_ROWS = 256
 
 

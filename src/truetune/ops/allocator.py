@@ -20,6 +20,12 @@ def keep_freed_memory() -> bool:
     return _mallopt(mmap_threshold=1 << 30, trim_threshold=(1 << 31) - 1)
 
 
+def trim() -> None:
+    """Hand back once what is free by now: reading and planning leave holes that training would not fill."""
+    if sys.platform.startswith("linux") and (give_back := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        give_back(0)
+
+
 def return_freed_memory() -> bool:
     """Ask glibc to hand each large block back to the system as soon as it is freed; undone by the other one.
 

@@ -20,7 +20,7 @@ from truetune.ops.cross_entropy import softmax_cross_entropy_
 from truetune.ops.rng import keyed
 
 # Logits that exist at a time. The head's weight is read once per chunk, so a chunk should hold some hundred rows.
-_CHUNK_BYTES = 64 << 20
+_CHUNK_BYTES = 32 << 20
 
 
 def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def linear_cross_entropy(
         hidden: [n, h].
         targets: [n] int64.
         smoothing: label smoothing, as in ``F.cross_entropy``.
-        chunk: rows at a time; by default as many as make 64 MiB of logits.
+        chunk: rows at a time; by default as many as make 32 MiB of logits.
         keys: [n] int64, the counters of the rows, for what an adapter on the head drops.
     Returns:
         A scalar: float32, or float64 for float64.
@@ -115,9 +115,10 @@ class _FrozenHead(torch.autograd.Function):
         assert weight is not None
         gradient = torch.empty_like(hidden) if wants else None
         total = hidden.new_zeros((), dtype=torch.float64)
+        room = buffers.empty(min(rows, len(hidden)), len(weight), hidden.dtype, hidden.device)
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
-            logits = buffers.empty(len(hidden[part]), len(weight), hidden.dtype, hidden.device)
+            logits = room[: len(hidden[part])]
             torch.mm(hidden[part], weight.T, out=logits)
             if head.bias is not None:
                 logits += head.bias

@@ -110,9 +110,9 @@ def _count(parameters: int) -> str:
 
 
 def default_micro_tokens(setup: Setup) -> int:
-    """Tokens per micro-batch when nobody says: what was recorded, what was asked for, else 1,024 or the longest row."""
+    """Tokens per micro-batch when nobody says: what was recorded, what was asked for, else 768 or the longest row."""
     longest = int(setup.prepared.train.lengths.max())
-    return setup.facts.get("micro_tokens") or setup.config.micro_tokens or max(1024, longest)
+    return setup.facts.get("micro_tokens") or setup.config.micro_tokens or max(768, longest)
 
 
 def fill(plan: StepPlan) -> float:

@@ -25,7 +25,7 @@ from truetune.models.precision import choose_device, choose_precision
 from truetune.models.survey import survey
 from truetune.models.tokenizer import ChatTokenizer
 from truetune.ops import dispatch
-from truetune.ops.allocator import keep_freed_memory
+from truetune.ops.allocator import keep_freed_memory, trim
 from truetune.optim.adamw import adamw
 from truetune.optim.schedule import Schedule, warmup_steps
 from truetune.recipes import plan_report, result, resume
@@ -55,6 +55,7 @@ def run_training(resolved: Resolved[Any], prepare: Prepare, *, screen: Screen | 
     if done := result.finished(setup, steps=outline["steps"]):
         screen.say("done", f"the run in {setup.folder.path} is complete: nothing is left to do")
         return done
+    trim()
     model = load.load_model(
         setup.config.model,
         dtype=setup.precision.storage,
