@@ -48,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Said before any library is imported that would phone home or spin up worker threads of its own.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    # Threads that wait for each other by spinning starve on a shared processor: a step became ten times slower and more.
-    # A short spin, then sleep, costs nothing that could be measured where nothing else runs.
+    # Threads that wait for each other by spinning starve on a shared processor: a step became ten times slower. A short
+    # spin, then sleep, costs nothing that could be measured where nothing else runs.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a code page that lacks a letter must not end a run

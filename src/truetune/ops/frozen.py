@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from truetune.ops import buffers
+from truetune.ops.probe import float32_prefers_onednn
+
+_ROWS, _COLUMNS = 512, 1024
 
 
 class FrozenWeight(Protocol):
@@ -65,14 +68,38 @@ class FrozenLinear:
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """[n, in] -> [n, out]: x Wᵀ + bias."""
-        y = buffers.empty(len(x), self.out_features, x.dtype, x.device)
-        torch.mm(x, self.dense().T, out=y)
+        y = _product(x, self.dense())
         return y if bias is None else y.add_(bias)
 
     def matmul_t(self, g: Tensor, into: Tensor | None = None) -> Tensor:
         """[n, out] -> [n, in]: g W; with ``into`` [n, in], added to that in place."""
-        if into is not None:
-            return into.addmm_(g, self.dense())
-        dx = buffers.empty(len(g), self.in_features, g.dtype, g.device)
-        torch.mm(g, self.dense(), out=dx)
-        return dx
+        if into is None:
+            return _product(g, self.dense().T)
+        for part in _parts(g, self.in_features):
+            into[part].addmm_(g[part], self.dense())
+        return into
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """X [n, k] times the transpose of ``weight`` [m, k]."""
+    if x.dtype == torch.float32 and x.device.type == "cpu" and float32_prefers_onednn():
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+        return product
+    y = buffers.empty(len(x), len(weight), x.dtype, x.device)
+    for part in _parts(x, len(weight)):
+        torch.mm(x[part], weight.T, out=y[part])
+    return y
+
+
+def _parts(x: Tensor, columns: int) -> list[slice]:
+    """The rows of a product at a time: all of them, but for narrow results in low precision on a CPU.
+
+    oneDNN gives a product of more than 512 rows and fewer than 1,024 columns to one thread of two: 768 x 1536 x 576
+    takes 1.5 ms whole, and 0.8 in halves.
+    """
+    rows = len(x)
+    if x.dtype.itemsize > 2 or x.device.type != "cpu" or rows <= _ROWS or columns >= _COLUMNS:
+        return [slice(None)]
+    count = -(-rows // _ROWS)
+    size = -(-rows // count // 64) * 64
+    return [slice(start, start + size) for start in range(0, rows, size)]
