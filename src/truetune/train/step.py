@@ -18,6 +18,7 @@ from torch.nn import Parameter
 from truetune.data.pack import Batch
 from truetune.errors import NonFiniteError
 from truetune.ops.rng import derive_seed
+from truetune.ops.threads import threads_for
 
 Loss = Callable[[Batch], Tensor]  # the sum over the trained tokens of a micro-batch
 UNTOUCHED = "the weights are as they were before this step"
@@ -86,10 +87,10 @@ def update(optimizer: torch.optim.Optimizer, parameters: Iterable[Parameter], *,
     norm = nn.utils.get_total_norm(gradients)
     if bool(torch.isfinite(norm)):
         if clip:
-            for gradient in gradients:
-                gradient.mul_((clip / (norm + 1e-6)).clamp(max=1.0).to(gradient))
+            torch._foreach_mul_(gradients, (clip / (norm + 1e-6)).clamp(max=1.0))
         for group in optimizer.param_groups:
             group["lr"] = lr
-        optimizer.step()
+        with threads_for(gradients):
+            optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return float(norm)
