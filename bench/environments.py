@@ -25,12 +25,22 @@ def python_of(folder: Path, name: str) -> Path:
 
 def versions(folder: Path, name: str) -> dict[str, str] | None:
     """What is installed of the pinned packages, or None where one of them is missing."""
-    python = python_of(folder, name)
+    return versions_in(python_of(folder, name), name)
+
+
+def versions_in(python: Path, name: str) -> dict[str, str] | None:
+    """The same for any interpreter."""
     if not python.exists():
         return None
     asked = subprocess.run([str(python), "-c", _ASK, *pins(name)], capture_output=True, text=True, check=False)
     found: dict[str, str] | None = json.loads(asked.stdout) if asked.returncode == 0 else None
     return found
+
+
+def interpreter(folder: Path, name: str) -> Path | None:
+    """The peer's own, or this one if it has what the peer pins, in whatever version; None where neither has."""
+    known = (python_of(folder, name), Path(sys.executable))
+    return next((python for python in known if versions_in(python, name) is not None), None)
 
 
 def other_versions(name: str, found: dict[str, str]) -> list[str]:

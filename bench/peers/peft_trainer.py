@@ -2,7 +2,8 @@
 
     python peft_trainer.py TASK.json
 
-The rows come tokenised, which spares this side the tokenising that ours does at its start.
+The rows come tokenised, which spares this side the tokenising that ours does at its start. Where the task's setting
+has ``quant``, the base is quantised by bitsandbytes, in PEFT's recipe for that.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     DataCollatorForSeq2Seq,
     Trainer,
     TrainerCallback,
@@ -40,11 +42,24 @@ class StepLog(TrainerCallback):
             self._file.write(json.dumps({"end": self._end, "loss": float(logs["loss"])}) + "\n")
 
 
+def load(path: str, setting: dict[str, Any]) -> Any:
+    """The base, dense, or in NF4 with double quantised scales."""
+    dtype = getattr(torch, setting["dtype"])
+    if setting.get("quant", "none") == "none":
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    quantised = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=setting["quant"], bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, quantization_config=quantised)
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=setting["checkpointing"])
+
+
 def main() -> None:
     task = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     setting = task["setting"]
     tokenizer = AutoTokenizer.from_pretrained(task["model"])
-    model = AutoModelForCausalLM.from_pretrained(task["model"], dtype=getattr(torch, setting["dtype"]))
+    model = load(task["model"], setting)
     torch.manual_seed(0)
     lora = LoraConfig(
         r=setting["rank"], lora_alpha=2 * setting["rank"], lora_dropout=setting["dropout"],

@@ -18,11 +18,12 @@ _PUBLIC = {
     "load": "truetune.api",
     "load_adapter": "truetune.api",
     "merge": "truetune.api",
+    "quantize": "truetune.api",
     "save_adapter": "truetune.api",
     "sft": "truetune.api",
     "trainable": "truetune.api",
 }
-_MODULES = ("errors", "nn")
+_MODULES = ("errors", "nn", "optim")
 
 __all__ = [
     "LoRA",
@@ -34,6 +35,8 @@ __all__ = [
     "load_adapter",
     "merge",
     "nn",
+    "optim",
+    "quantize",
     "save_adapter",
     "sft",
     "trainable",

@@ -11,6 +11,8 @@ from truetune.adapters import files
 from truetune.adapters import inject as _inject
 from truetune.config.lora import LoRA
 from truetune.config.merge import MergeConfig
+from truetune.config.quant import QuantGroup
+from truetune.config.quantize import QuantizeConfig
 from truetune.config.resolve import resolve
 from truetune.config.sft import SFTConfig
 from truetune.models import load as _load
@@ -18,10 +20,20 @@ from truetune.models.precision import choose_device, choose_precision
 from truetune.recipes.adapter import base_name, check_base, describe_base
 
 
-def load(model: str, *, dtype: str = "auto", device: str = "cpu", revision: str | None = None) -> Any:
+def load(
+    model: str,
+    *,
+    quant: str = "none",
+    double_quant: bool = False,
+    dtype: str = "auto",
+    device: str = "cpu",
+    revision: str | None = None,
+) -> Any:
     """Load a causal language model of transformers from a local folder or the Hub, in ``eval`` mode.
 
     Args:
+        quant: ``none``, or ``int8``, ``nf4`` or ``fp4``: pack the linear layers while they are read.
+        double_quant: quantise the 4-bit blocks' scales as well.
         dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
         device: ``auto``, ``cpu`` or ``cuda``.
     Raises:
@@ -30,7 +42,10 @@ def load(model: str, *, dtype: str = "auto", device: str = "cpu", revision: str 
     device = choose_device(device)
     config = _load.load_config(model, revision=revision)
     precision = choose_precision(dtype, _load.checkpoint_dtype(config), device=device)
-    return _load.load_model(model, dtype=precision.storage, device=device, revision=revision, config=config)
+    recipe = resolve(QuantGroup, file=None, flags={"quant": quant, "double_quant": double_quant}).config.recipe()
+    return _load.load_model(
+        model, dtype=precision.storage, device=device, revision=revision, config=config, quant=recipe
+    )
 
 
 def attach(model: nn.Module, config: LoRA, *, seed: int = 0) -> _inject.Attachment:
@@ -87,3 +102,10 @@ def merge(model: str, adapter: str, out: str, **settings: Any) -> dict[str, Any]
     from truetune.recipes.merge import run
 
     return run(resolve(MergeConfig, file=None, flags={"model": model, "adapter": adapter, "out": out, **settings}))
+
+
+def quantize(model: str, out: str, **settings: Any) -> dict[str, Any]:
+    """The same checkpoint that ``truetune quantize`` writes."""
+    from truetune.recipes.quantize import run
+
+    return run(resolve(QuantizeConfig, file=None, flags={"path": model, "out": out, **settings}))

@@ -55,6 +55,10 @@ class AdapterError(TruetuneError):
     """An adapter that does not fit: missing, extra or misshaped tensors, another base, an unsupported field."""
 
 
+class QuantizationError(TruetuneError):
+    """Values that can't be quantised (who knows their tensor's name puts it in front), or codes that do not fit."""
+
+
 class OutputError(TruetuneError):
     """A folder that can't be written: another run's, read-only, or a full disk."""
 

@@ -183,7 +183,7 @@ def test_an_unknown_field_is_refused_by_name_unless_it_is_off(saved: Path) -> No
         ({"lora_alpha": -1, "lora_dropout": 2}, r"lora_alpha +found -1(.|\n)*lora_dropout +found 2"),
         ({"target_modules": None}, "target_modules = None"),
         ({"target_modules": 3}, "target_modules"),
-        ({"peft_type": "IA3"}, "found IA3, expected a LORA adapter"),
+        ({"peft_type": "LOHA"}, "found LOHA, expected one of LORA"),
     ],
 )
 def test_an_impossible_value_is_refused_by_its_name(saved: Path, changes: dict[str, Any], message: str) -> None:
@@ -196,7 +196,7 @@ def test_fields_that_are_left_out_have_pefts_defaults(saved: Path) -> None:
     path = saved / files.CONFIG
     minimal = {"peft_type": "LORA", "target_modules": ["q_proj"]}
     path.write_text(json.dumps(minimal))
-    lora = files.read(saved).lora
+    lora = files.read(saved).settings
     assert (lora.rank, lora.alpha, lora.dropout, lora.use_rslora, lora.trainable) == (8, 8, 0, False, ())
 
 

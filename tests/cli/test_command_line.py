@@ -1,6 +1,7 @@
 """The command line: what is understood, what is refused, and how it is said."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -153,7 +154,7 @@ def test_help_names_every_setting(capsys: pytest.CaptureFixture[str], name: str)
 def test_help_shows_defaults_and_choices(capsys: pytest.CaptureFixture[str]) -> None:
     main.main(["sft", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "--rank N rank of the adapter [also --lora-rank, --lora-r] (default: 16)" in text
+    assert "[also --lora-rank, --lora-r, --init-r] (default: 16)" in text
     assert "(default: 0)" in text
     assert "--trainable bias|norm|embedding|head …" in text
 
@@ -198,6 +199,15 @@ def test_a_crash_inside_is_exit_code_3_and_called_our_fault(
     seen = capsys.readouterr().err
     assert "wires crossed" in seen
     assert "a fault of truetune's, not yours" in seen.splitlines()[-1]
+
+
+def test_what_the_library_logs_is_said_on_stderr_by_commands_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    body = "import logging; logging.getLogger('truetune.ops').info('a few seconds')"
+    assert main.main(_planted(monkeypatch, tmp_path, body)) == 0
+    logging.getLogger("truetune.ops").info("not this")
+    assert capsys.readouterr() == ("", "truetune: a few seconds\n")
 
 
 def test_a_key_press_is_exit_code_130(

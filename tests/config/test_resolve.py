@@ -84,7 +84,7 @@ def test_all_unknown_and_repeated_keys_are_reported_at_once(tmp_path: Path) -> N
         ("targets: []", "--targets: found [], expected at least one value"),
         ("targets: {a: 1}", "--targets: found {'a': 1}, expected a list"),
         ("trainable: [bia]", "--trainable: found 'bia', expected bias, norm, embedding, head; did you mean 'bias'?"),
-        ("method: lorra", "--method: found 'lorra', expected lora, full; did you mean 'lora'?"),
+        ("method: lorra", "--method: found 'lorra', expected lora, dora, adalora, vera, ia3, bitfit, prompt, ptuning, prefix, llama-adapter, bottleneck, freeze, lisa, full; did you mean 'lora'?"),
         ("model: ''", "--model: found '', expected a text that is not empty"),
         ("out: ' '", "--out: found ' ', expected a folder's name"),
         ("revision: 2020-01-01", "--revision: found datetime.date(2020, 1, 1), expected a text"),
@@ -130,8 +130,8 @@ def test_all_wrong_and_missing_settings_are_reported_at_once() -> None:
         ({"val_split": 0.1, "val_data": ["v"]}, "--val-split and --val-data: each names the held-out rows"),
         ({"select": "best"}, "--select best needs held-out rows"),
         ({"eval_every": 5}, "--eval-every needs held-out rows"),
-        ({"method": "full", "rank": 8}, "--rank: an adapter's setting"),
-        ({"method": "full", "rank": 16, "use_rslora": True}, "--rank, --use-rslora: an adapter's setting"),
+        ({"method": "full", "rank": 8}, "--rank: no setting of --method full"),
+        ({"method": "full", "rank": 16, "use_rslora": True}, "--rank, --use-rslora: no setting of --method full"),
     ],
 )
 def test_settings_that_exclude_each_other_are_refused(flags: dict[str, object], said: str) -> None:

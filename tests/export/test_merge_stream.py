@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2Model, LlamaConfi
 
 from truetune.checkpoint.header import PlannedTensor
 from truetune.checkpoint.shards import ShardWriter
-from truetune.checkpoint.tensors import load, open_index
+from truetune.checkpoint.tensors import name_in_checkpoint, load, open_index
 from truetune.errors import ModelError, OutputError
-from truetune.export.merge import Addition, Edit, merge_checkpoint, name_in_checkpoint
+from truetune.export.merge import Addition, Edit, merge_checkpoint
 
 TENSORS = {
     "embed.weight": torch.arange(12.0).reshape(4, 3).to(torch.bfloat16),

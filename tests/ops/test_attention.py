@@ -10,6 +10,7 @@ from torch import Tensor
 
 from reference.attention import slow_attention
 from reference.closeness import assert_no_worse
+from truetune.ops import buffers, dispatch
 from truetune.ops.attention import rotary_segment_attention, segment_attention, turned
 
 LENGTHS = [5, 1, 9, 3]
@@ -289,6 +290,23 @@ def test_values_may_be_of_another_width(tier: str) -> None:
     q, k, v = heads(4, 2)
     out = segment_attention(q, k, v[..., :3], LENGTHS)
     torch.testing.assert_close(out, segment_attention(q, k, v, LENGTHS)[..., :3], atol=1e-6, rtol=1e-5)
+
+
+def test_no_window_and_no_cap_may_be_written_as_zero(tier: str) -> None:
+    q, k, v = heads(4, 2)
+    assert torch.equal(segment_attention(q, k, v, LENGTHS, window=0, softcap=0.0), segment_attention(q, k, v, LENGTHS))
+
+
+def test_the_kernels_output_lies_in_a_block_that_a_projection_may_have_next(tiers: list[str]) -> None:
+    case = CASES[1]
+    for native in tiers[1:]:
+        buffers.release()
+        with dispatch.forced(native):
+            out = found(case, torch.float32)[0]
+        place, shape = out.data_ptr(), (len(out), case.heads * case.dim)
+        del out
+        blocks = [buffers.empty(*shape, torch.float32, torch.device("cpu")) for _ in range(2)]  # of the output, of dq
+        assert place in {block.data_ptr() for block in blocks}
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])

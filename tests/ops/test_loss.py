@@ -231,8 +231,20 @@ def test_a_trained_head_learns_from_hidden_states_that_do_not() -> None:
 
 
 @pytest.mark.parametrize("bad", [-100, VOCAB])
-def test_a_target_outside_the_vocabulary_is_refused(bad: int) -> None:
+@pytest.mark.parametrize(("kind", "words"), [("frozen", "expected 0 to 36"), ("trained", "out of bounds")])
+def test_a_target_outside_the_vocabulary_is_refused(kind: str, words: str, bad: int) -> None:
     hidden, targets = hidden_and_targets()
     targets[3] = bad
-    with pytest.raises(IndexError, match="expected 0 to 36"):
-        linear_cross_entropy(hidden, targets, head_of_kind("frozen"))
+    with pytest.raises(IndexError, match=words):
+        linear_cross_entropy(hidden, targets, head_of_kind(kind))
+
+
+def test_products_of_a_narrow_head_come_in_few_sizes() -> None:
+    head = head_of_kind("frozen", dtype=torch.bfloat16)
+    sizes = set()
+    for rows in range(1, 140, 9):
+        hidden, targets = hidden_and_targets(rows)
+        with Watch() as watch:
+            linear_cross_entropy(hidden.bfloat16(), targets, head, chunk=64).backward()
+        sizes |= {shape[0] for name, shape in watch.made if name.startswith("aten.mm")}
+    assert sizes == {64}

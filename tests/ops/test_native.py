@@ -1,5 +1,6 @@
 """Building and loading the native library, and everything that may stand in the way."""
 
+import logging
 import os
 import shutil
 import sys
@@ -60,6 +61,15 @@ def test_a_library_is_built_once_and_leaves_nothing_else(small_sources: Path, em
     assert build.built(GENERIC) == path
     assert path.stat().st_mtime_ns == written
     assert [entry.name for entry in empty_cache.iterdir()] == [path.name]
+
+
+def test_compiling_is_logged_and_finding_what_was_compiled_is_not(
+    small_sources: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "truetune")
+    for _ in range(2):
+        build.built(GENERIC)
+    assert caplog.messages == ["compiling the kernels for this CPU (generic): once, a few seconds"]
 
 
 def test_sources_flags_and_compiler_each_make_another_library(

@@ -213,7 +213,7 @@ def test_a_broken_expression_is_refused(shop: Shop) -> None:
         (["--val-split", "0.1", "--val-data", "x.jsonl"], "--val-split and --val-data: each names the held-out rows"),
         (["--val-split", "0.001"], "of 12 rows, 12 would be trained on and 0 held out"),
         (["--dtype", "float16"], "--dtype float16: CPUs compute it slowly"),
-        (["--method", "full", "--rank", "8"], "--rank: an adapter's setting, and --method full trains no adapter"),
+        (["--method", "full", "--rank", "8"], "--rank: no setting of --method full"),
         (["--trainable", "bia"], "--trainable: found 'bia', expected bias, norm, embedding, head"),
         (["--trainable", "bias"], "--trainable bias: this model has no bias"),
         (["--revision", "main"], "--revision is for models on the Hub, and --model is a folder here"),

@@ -114,6 +114,7 @@ TRAIN: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "lr": ({}, {"lr": 1e-3}, "log"),
     "schedule": ({}, {"schedule": "constant"}, "log"),
     "warmup": ({}, {"warmup": 2}, "log"),
+    "optim": ({}, {"optim": "lion"}, "tensors"),
     "weight_decay": ({}, {"weight_decay": 0.5}, "tensors"),
     "clip": ({}, {"clip": 1e-3}, "tensors"),
     "epochs": ({"max_steps": None, "dry_run": True}, {"epochs": 1.0}, "plan"),

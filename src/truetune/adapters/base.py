@@ -8,11 +8,15 @@ place, and nothing changes behind ``train()`` or ``eval()``.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn import Parameter
+
+from truetune.errors import AdapterError
+
+Change = Callable[[Tensor], Tensor]
 
 
 class Adapter(nn.Module, ABC):
@@ -33,6 +37,17 @@ class Adapter(nn.Module, ABC):
         """Trained tensors that this layer computes with and another adapter owns."""
         return iter(())
 
+    def shared_tensors(self) -> Mapping[str, Tensor]:
+        """What the layers of a model compute with together and none of them trains, by its whole key in the file."""
+        return {}
+
+    def training_state(self) -> Mapping[str, Tensor]:
+        """What a resumed run needs beside the parameters, by name; no part of the adapter's file."""
+        return {}
+
+    def settle(self) -> None:
+        """Let go of what only training needed; what the layer computes stays as it is."""
+
     @property
     def weight(self) -> Tensor:
         """The base's weight, for model code that reads it directly."""
@@ -45,6 +60,18 @@ class Adapter(nn.Module, ABC):
         """The base's bias, likewise."""
         bias = getattr(self.base, "bias", None)
         return bias if isinstance(bias, Tensor) else None
+
+    def changes(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Change]:
+        """What merging does to the base's parameters, by their names (``weight``, ``bias``).
+
+        Args:
+            tensors: the adapter's own, by their suffixes in the file.
+        Returns:
+            Pure functions, from a dense parameter as the base stores it to a new one of its shape and dtype.
+        Raises:
+            AdapterError: the method does not fold into weights.
+        """
+        raise AdapterError(f"{type(self).__name__} does not fold into the base's weights: serve it beside the base")
 
     @abstractmethod
     def merged_weight(self) -> Tensor:

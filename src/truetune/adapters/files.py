@@ -18,13 +18,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from truetune.adapters.inject import attach, attachment, detach, has_bias
+from truetune.adapters.inject import attach, attachment, detach
+from truetune.adapters.parts import has_bias
 from truetune.adapters.peft_config import from_peft, saved_modules, to_peft
-from truetune.adapters.targets import resolve_targets
+from truetune.adapters.targets import targeted
 from truetune.adapters.tensors import fill as fill
 from truetune.adapters.tensors import state as state
 from truetune.adapters.tensors import to_file as to_file
-from truetune.config.lora import LoRA
+from truetune.config.adapter import AdapterConfig, Targeted
 from truetune.errors import AdapterError
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "truetune.json"
@@ -40,7 +41,7 @@ class AdapterFile:
     card: Mapping[str, Any]
 
     @property
-    def lora(self) -> LoRA:
+    def settings(self) -> AdapterConfig:
         """The settings in our terms. Raises AdapterError on what this version does not implement."""
         return from_peft(self.config, self.folder)
 
@@ -95,13 +96,14 @@ def load(model: nn.Module, file: AdapterFile) -> None:
     """
     if attachment(model) is not None:
         raise AdapterError("the model already carries an adapter", ("way out", "truetune.detach(model) first"))
-    lora = file.lora
-    if "bias" in lora.trainable and not has_bias(model):  # PEFT's bias="all" asks for what there is, be it nothing
-        lora = lora.model_copy(update={"trainable": tuple(part for part in lora.trainable if part != "bias")})
-    sites = resolve_targets(model, lora.targets, all_must_match=False)
+    config = file.settings
+    if "bias" in config.trainable and not has_bias(model):  # PEFT's bias="all" asks for what there is, be it nothing
+        config = config.model_copy(update={"trainable": tuple(part for part in config.trainable if part != "bias")})
+    # Names that this model has nothing for: an adapter's list may be of a whole family of models.
+    sites = targeted(model, config, all_must_match=False) if isinstance(config, Targeted) else None
     full = saved_modules(model, file.config)
     tie = bool(file.config.get("ensure_weight_tying"))
-    attach(model, lora, sites=sites, full=full, tie=tie, in_float32=False)
+    attach(model, config, sites=sites, full=full, tie=tie, in_float32=False)
     try:
         fill(model, file.tensors, where=str(file.folder))
     except AdapterError:

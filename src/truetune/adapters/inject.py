@@ -4,28 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn import Parameter
 
 from truetune.adapters.base import Adapter
-from truetune.adapters.lora import LoRALinear
 from truetune.adapters.lora_embedding import LoRAEmbedding, TiedHead
-from truetune.adapters.targets import output_head, resolve_targets
-from truetune.config.lora import LoRA
+from truetune.adapters.methods import Site, module_of, trained_parts
+from truetune.adapters.partial import unfreeze
+from truetune.adapters.parts import full_modules, parameters_of
+from truetune.adapters.targets import output_head
+from truetune.config.adapter import AdapterConfig
+from truetune.config.methods import METHODS
 from truetune.errors import AdapterError
-from truetune.ops.rng import derive_seed, generator
-
-_SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @dataclass(frozen=True)
 class Attachment:
     """What was wrapped, by which settings; kept on the model so that saving needs no second telling."""
 
-    config: LoRA
+    config: AdapterConfig
     sites: tuple[str, ...]
     full_modules: tuple[str, ...] = ()  # base modules trained as a whole
     tied: tuple[str, ...] = ()  # (table, head) where they share one matrix that is adapted or trained
@@ -35,7 +35,7 @@ class Attachment:
 
 def attach(
     model: nn.Module,
-    config: LoRA,
+    config: AdapterConfig,
     *,
     seed: int = 0,
     sites: Sequence[str] | None = None,
@@ -43,13 +43,13 @@ def attach(
     tie: bool = True,
     in_float32: bool = True,
 ) -> Attachment:
-    """Freeze a model and wrap the layers that ``config.targets`` names; nothing is changed when that can't be done.
+    """Freeze a model and put a method's adapters on it; nothing is changed when that can't be done.
 
     Args:
         model: changed in place.
         seed: of the adapters' start; each layer draws from a generator of its own, so the start of one layer does not
             depend on which others are wrapped.
-        sites: exact paths to wrap instead of ``config.targets``.
+        sites: exact paths to wrap instead of those that the method finds by ``config``.
         full: exact paths of the modules to train as a whole instead of those that ``config.trainable`` names.
         tie: keep an embedding table and a head that share one matrix the same through the adapter as well; an adapter
             made elsewhere may have changed just one of the two.
@@ -59,29 +59,41 @@ def attach(
     """
     if attachment(model) is not None:
         raise AdapterError("the model already carries an adapter", ("way out", "truetune.detach(model) first"))
-    paths = list(sites) if sites is not None else resolve_targets(model, config.targets)
-    whole = tuple(full) if full is not None else _full_modules(model, config)
+    method, names = module_of(config.kind), trained_parts(config)
+    paths = list(sites) if sites is not None else method.sites(model, config)
+    whole = tuple(full) if full is not None else full_modules(model, names)
     shared = tied_paths(model)
-    tied = shared if tie and set(shared) & {*paths, *whole} else ()
+    changes_table = paths if method.CHANGES_TABLE else ()
+    tied = shared if tie and set(shared) & {*changes_table, *whole} else ()
     _check_disjoint(paths, whole, tied)
-    parts = _parts(model, config, whole)
+    parts = parameters_of(model, names, whole)
     untied = shared if not tie and set(shared) & set(whole) else ()
     learned = tuple(p for p in model.parameters() if p.requires_grad)
     model.requires_grad_(False)
     if untied:
         _untie(model, untied[1])
-        parts = _parts(model, config, whole)
-    if tied and set(tied) & set(paths):
-        _wrap_tied(model, tied, config, seed)
-    for path in paths:
-        if path not in tied:
-            _wrap(model, path, config, seed)
+        parts = parameters_of(model, names, whole)
+    ties = set(tied) & set(changes_table)
+    together = dict[str, Any]()
+    for path in [*(tied[:1] if ties else ()), *(path for path in paths if not (ties and path in tied))]:
+        layer = model.get_submodule(path)
+        _replace(model, path, method.wrap(layer, config, Site(path, model, seed, together)))
+    if ties:
+        _tie_head(model, tied)
     for parameter in parts:
         parameter.data = parameter.data.float() if in_float32 else parameter.data
         parameter.requires_grad_(True)
     result = Attachment(config, tuple(paths), whole, tied, untied, learned)
     model.truetune_attachment = result  # type: ignore[assignment]
     return result
+
+
+def tune(model: nn.Module, config: AdapterConfig, *, seed: int = 0) -> tuple[str, ...]:
+    """Put any method on a model, one that trains the base's own weights too; returns the paths that were wrapped."""
+    if METHODS[config.kind].result == "model":
+        unfreeze(model, config)
+        return ()
+    return attach(model, config, seed=seed).sites
 
 
 def _check_disjoint(paths: Sequence[str], whole: Sequence[str], tied: Sequence[str]) -> None:
@@ -116,36 +128,23 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
             yield path, module
 
 
+def settle(model: nn.Module) -> None:
+    """Let every adapter go of what only training needed, as the last thing before the result is written."""
+    for _, adapter in adapters(model):
+        adapter.settle()
+
+
 def trainable(model: nn.Module) -> dict[str, int]:
     """Parameters that are trained: name → count."""
     return {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _wrap(model: nn.Module, path: str, config: LoRA, seed: int) -> None:
-    module = model.get_submodule(path)
-    draws = generator(seed, "lora", path)
-    if isinstance(module, nn.Embedding):
-        _replace(model, path, LoRAEmbedding.from_base(module, config, generator=draws))
-    else:
-        adapter = LoRALinear.from_base(module, config, generator=draws)
-        adapter.site = derive_seed(0, "site", _mask_name(path))
-        _replace(model, path, adapter)
-
-
-def _mask_name(path: str) -> str:
-    """The name a layer's dropout masks go by: one for layers that read the same input, so that it is dropped once."""
-    parent, _, name = path.rpartition(".")
-    return f"{parent}.{next((names[0] for names in _SHARED_INPUT if name in names), name)}"
-
-
-def _wrap_tied(model: nn.Module, tie: tuple[str, ...], config: LoRA, seed: int) -> None:
+def _tie_head(model: nn.Module, tied: tuple[str, ...]) -> None:
     """One update for the one matrix: the table owns it, the head reads it."""
-    table_path, head_path = tie
-    _wrap(model, table_path, config, seed)
-    table, head = model.get_submodule(table_path), model.get_submodule(head_path)
+    table, head = (model.get_submodule(path) for path in tied)
     assert isinstance(table, LoRAEmbedding)
     assert isinstance(head, nn.Linear)
-    _replace(model, head_path, TiedHead(head, table))
+    _replace(model, tied[1], TiedHead(head, table))
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -163,35 +162,6 @@ def tied_paths(model: nn.Module) -> tuple[str, ...]:
     return names[id(table)], names[id(head)]
 
 
-def _full_modules(model: nn.Module, config: LoRA) -> tuple[str, ...]:
-    """Paths of the base modules that ``config.trainable`` names (``bias`` names parameters, not modules)."""
-    get = getattr(model, "get_input_embeddings", None)
-    paths = []
-    for part in config.trainable:
-        wanted = {"embedding": get() if get else None, "head": output_head(model)}.get(part)
-        found = [
-            path
-            for path, module in model.named_modules()
-            if (module is wanted if part != "norm" else "norm" in type(module).__name__.lower())
-        ]
-        if part != "bias" and not found:
-            raise AdapterError(f"--trainable {part}: the model has no such part")
-        paths += found if part != "bias" else []
-    return tuple(dict.fromkeys(paths))
-
-
-def _parts(model: nn.Module, config: LoRA, whole: Sequence[str]) -> list[Parameter]:
-    """The parameters of the base that are trained: each once, though it be shared or named twice."""
-    chosen: dict[int, Parameter] = {}
-    for path in whole:
-        chosen |= {id(p): p for p in model.get_submodule(path).parameters()}
-    if "bias" in config.trainable:
-        if not has_bias(model):
-            raise AdapterError("--trainable bias: this model has no bias", ("way out", "leave bias out of --trainable"))
-        chosen |= {id(p): p for p in _biases(model)}
-    return list(chosen.values())
-
-
 def _untie(model: nn.Module, head_path: str) -> None:
     """Give the head a matrix of its own."""
     head = model.get_submodule(head_path)
@@ -207,12 +177,3 @@ def _tie_again(model: nn.Module, untied: Sequence[str]) -> None:
         assert isinstance(head.weight, Parameter)
         if not table.weight.is_meta and torch.equal(table.weight, head.weight):
             head.weight = table.weight
-
-
-def has_bias(model: nn.Module) -> bool:
-    """Whether any layer has a bias that could be trained."""
-    return bool(_biases(model))
-
-
-def _biases(model: nn.Module) -> list[Parameter]:
-    return [p for name, p in model.named_parameters() if name.rsplit(".", 1)[-1] == "bias"]

@@ -8,21 +8,29 @@ Both are kept in float32 and cast at use: bf16 has too few bits to add small upd
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Parameter
 from typing_extensions import Self
 
-from truetune.adapters.base import Adapter
+from truetune.adapters.base import Adapter, Change
+from truetune.adapters.lora_start import Start, start
+from truetune.adapters.standalone import Mergeable
 from truetune.config.lora import LoRA
+from truetune.errors import AdapterError
 from truetune.ops import lowrank
 from truetune.ops.dropout import dropped
-from truetune.ops.frozen import FrozenLinear, is_conv1d
+from truetune.ops.frozen import frozen_weight, has_plain_products, is_conv1d
 from truetune.ops.projection import Group, Projection, project
 from truetune.ops.rng import current_keys
+
+A, B, B_BIAS, START_A, START_B = (
+    "lora_A.weight", "lora_B.weight", "lora_B.bias", "start_A.weight", "start_B.weight"
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +54,7 @@ def merge(weight: Tensor, bias: Tensor | None, params: LoRAParams) -> tuple[Tens
     return lowrank.fold(weight, params.a, params.b, params.scale), bias
 
 
-class LoRALinear(Adapter):
+class LoRALinear(Mergeable):
     """A frozen linear layer (``nn.Linear``, or GPT-2's ``Conv1D``) with a trained low-rank path beside it.
 
     Args:
@@ -55,10 +63,16 @@ class LoRALinear(Adapter):
         alpha: the update is multiplied by alpha / r.
         dropout: applied to the low-rank path's input while training.
         rank_stabilised: alpha / sqrt(r) instead.
+        bias: train one beside B: y = W x + b + s (B A x + β).
+        begun: where A and B start; the default draws A.
         generator: draws A; the default draws from torch's global one.
     """
 
-    files = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}  # noqa: RUF012 - ClassVar in the contract
+    files = {"lora_a": A, "lora_b": B}  # noqa: RUF012 - ClassVar in the contract
+    fixed = frozenset({START_A, START_B})
+    settings: ClassVar[type[LoRA]] = LoRA
+    drops_base = False
+    """See ``ops.projection.Group``."""
 
     def __init__(
         self,
@@ -68,65 +82,188 @@ class LoRALinear(Adapter):
         alpha: float,
         dropout: float = 0.0,
         rank_stabilised: bool = False,
+        bias: bool = False,
+        begun: Start | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
         self.dropout = dropout
         self.site = 0  # tells this layer's dropout masks from another's
-        self.scale = lowrank.scale(alpha, rank, rank_stabilised=rank_stabilised)
-        frozen = FrozenLinear.of(base)
-        a = torch.empty(rank, frozen.in_features)
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)  # U(±1/sqrt(in)), as nn.Linear
-        device = frozen.weight.device
-        self.lora_a = nn.Parameter(a.to(device))
-        self.lora_b = nn.Parameter(torch.zeros(frozen.out_features, rank, device=device))
+        self.rank, self.alpha, self.rank_stabilised = rank, alpha, rank_stabilised
+        frozen = frozen_weight(base)
+        begun = begun or start("kaiming", frozen, rank, generator=generator)
+        self.lora_a, self.lora_b = Parameter(begun.a), Parameter(begun.b)
+        self.start_a = Parameter(begun.a.clone(), requires_grad=False) if begun.taken_off else None
+        self.start_b = Parameter(begun.b.clone(), requires_grad=False) if begun.taken_off else None
+        self.lora_bias = Parameter(torch.zeros(frozen.out_features, device=frozen.device)) if bias else None
 
     @classmethod
     def from_base(
-        cls, base: nn.Module, config: LoRA | None = None, *, generator: torch.Generator | None = None, **settings: Any
+        cls,
+        base: nn.Module,
+        config: LoRA | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        original: Tensor | None = None,
+        begun: Start | None = None,
+        **settings: Any,
     ) -> Self:
         """Wrap a layer by the settings of a run, or by keywords: ``LoRALinear.from_base(linear, rank=8)``.
 
+        Args:
+            original: [out, in], the weight of a quantised base as it was before; for ``init="loftq"``.
+            begun: where A and B start, whatever ``init`` says.
         Raises:
             ConfigError: a keyword that is no setting of ``LoRA``, or a value out of its range.
+            AdapterError: a start that this base does not allow.
         """
-        config = LoRA(**{**(config or LoRA()).model_dump(), **settings})
-        return cls(
-            base,
-            rank=config.rank,
-            alpha=config.alpha,
-            dropout=config.dropout,
-            rank_stabilised=config.use_rslora,
-            generator=generator,
-        )
+        config = cls.settings(**{**(config or cls.settings()).model_dump(), **settings})
+        if begun is None:
+            scale = lowrank.scale(config.alpha, config.rank, rank_stabilised=config.use_rslora)
+            begun = start(
+                config.init, frozen_weight(base), config.rank, scale=scale, generator=generator, original=original
+            )
+        return cls(base, begun=begun, **cls.keywords(config))
+
+    @classmethod
+    def keywords(cls, config: Any) -> dict[str, Any]:
+        """The arguments that come from the settings of a run."""
+        return {
+            "rank": config.rank,
+            "alpha": config.alpha,
+            "dropout": config.dropout,
+            "rank_stabilised": config.use_rslora,
+            "bias": config.lora_bias,
+        }
+
+    @property
+    def scale(self) -> float:
+        """s."""
+        return lowrank.scale(self.alpha, self.rank, rank_stabilised=self.rank_stabilised)
+
+    def adapter_parameters(self) -> Iterator[tuple[str, Parameter]]:
+        """A and B; the bias beside B, and where A and B started, where there are such."""
+        yield from super().adapter_parameters()
+        optional = ((B_BIAS, self.lora_bias), (START_A, self.start_a), (START_B, self.start_b))
+        yield from ((suffix, parameter) for suffix, parameter in optional if parameter is not None)
+
+    def low_rank(self, own: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """A [R, in] and B [out, R] of all that stands beside W.
+
+        Args:
+            own: tensors to take in place of the layer's, by their suffixes in the file.
+        """
+        if own is None and self.start_a is None:
+            return self.lora_a, self.lora_b
+        own = self.own() if own is None else own
+        if START_A not in own:
+            return own[A], own[B]
+        return torch.cat([own[A], own[START_A]]), torch.cat([own[B], -own[START_B]], dim=1)
+
+    def projection(self) -> Projection | None:
+        """The layer as part of a node; None where its base is trained itself, or is of another kind."""
+        frozen = _projection(self.base)
+        if frozen is None or self.is_merged:
+            return frozen
+        a, b = self.low_rank()
+        shift = None if self.lora_bias is None else self.lora_bias * self.scale
+        return Projection(frozen.weight, frozen.bias, a, b, self.scale, self.magnitude(), shift)
+
+    def magnitude(self) -> Tensor | None:
+        """[out], what W x + s B A x is multiplied by; None for nothing."""
+        return None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], in the dtype of the base's output."""
         rows = x.shape[:-1].numel()
         group = projection_group((self,), rows)
-        if group is not None and x.dtype == self.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        if group is not None and x.dtype == group.dtype and not torch.is_autocast_enabled(x.device.type):
             (out,) = project(group, x.reshape(rows, x.shape[-1]))
             return out.view(*x.shape[:-1], out.shape[1])
-        low = self._dropped(x, rows)
         y: Tensor = self.base(x)
-        return y + lowrank.linear(low, self.lora_a, self.lora_b, self.scale).to(y.dtype)
+        return y if self.is_merged else self._beside(x, y).to(y.dtype)
 
-    def _dropped(self, x: Tensor, rows: int) -> Tensor:
+    def _beside(self, x: Tensor, y: Tensor) -> Tensor:
+        """The same as a composition: for trained bases and other dtypes than the base's.
+
+        Args:
+            x: [..., in].
+            y: [..., out], what the base makes of it.
+        """
+        low = lowrank.linear(self._dropped(x), *self.low_rank(), self.scale)
+        return y + (low if self.lora_bias is None else low + self.lora_bias * self.scale).to(y.dtype)
+
+    def _dropped(self, x: Tensor) -> Tensor:
         if not (self.dropout and self.training):
             return x
-        flat = x.reshape(rows, x.shape[-1])
-        return dropped(flat, self.dropout, current_keys(rows, x.device), self.site).view_as(x)
+        flat = x.reshape(-1, x.shape[-1])
+        return dropped(flat, self.dropout, current_keys(len(flat), x.device), self.site).view_as(x)
+
+    def changes(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Change]:
+        """W + s B A, and b + s β.
+
+        Raises:
+            AdapterError: there is a β, and the base has no bias that it could be added to.
+        """
+        a, b = self.low_rank(tensors)
+        transposed, scale = is_conv1d(self.base), self.scale
+
+        def fold(weight: Tensor) -> Tensor:
+            merged = self.folded(weight.T if transposed else weight, LoRAParams(a=a, b=b, scale=scale), tensors)
+            return merged.T.contiguous() if transposed else merged
+
+        if B_BIAS not in tensors:
+            return {"weight": fold}
+        if self.bias is None:
+            raise AdapterError(
+                "the adapter has a bias and this layer of the base has none: it does not fold into the base's weights",
+                ("way out", "serve it beside the base, or train without --lora-bias"),
+            )
+        return {"weight": fold, "bias": lambda bias: torch.add(bias, tensors[B_BIAS], alpha=scale).to(bias.dtype)}
+
+    def folded(self, weight: Tensor, params: LoRAParams, own: Mapping[str, Tensor]) -> Tensor:
+        """The merged weight, [out, in], rounded once; ``own`` are all tensors of the adapter."""
+        return merge(weight, None, params)[0]
 
     def params(self) -> LoRAParams:
-        """The trained tensors and their scale."""
-        return LoRAParams(a=self.lora_a.detach(), b=self.lora_b.detach(), scale=self.scale)
+        """What stands beside W, and its scale."""
+        a, b = self.low_rank()
+        return LoRAParams(a=a.detach(), b=b.detach(), scale=self.scale)
 
     def merged_weight(self) -> Tensor:
-        """W + s B A, stored as the base stores W."""
-        frozen = FrozenLinear.of(self.base)
-        merged, _ = merge(frozen.dense().detach(), None, self.params())
-        return merged.T.contiguous() if frozen.transposed else merged
+        """W + s B A, dense; as [in, out] where the base is a ``Conv1D``."""
+        weight = frozen_weight(self.base).dense().detach()
+        merged = weight.clone() if self.is_merged else self.folded(weight, self.params(), self._detached())
+        return merged.T.contiguous() if is_conv1d(self.base) else merged
+
+    def settle(self) -> None:
+        """Let A and B be all that stands beside W, so that the file is a LoRA to everyone."""
+        if self.start_a is not None:
+            a, b = self.low_rank()
+            self.lora_a, self.lora_b = Parameter(a.detach()), Parameter(b.detach())
+            self.start_a = self.start_b = None
+            self.grow(len(a))
+
+    def grow(self, rank: int) -> None:
+        """Call A and B of another rank, with the scale that they have."""
+        more = rank / self.rank
+        self.rank, self.alpha = rank, self.alpha * (math.sqrt(more) if self.rank_stabilised else more)
+
+    def _detached(self) -> dict[str, Tensor]:
+        return {suffix: tensor.detach() for suffix, tensor in self.own().items()}
+
+
+class Projecting(Protocol):
+    """An adapter that can be part of a node."""
+
+    dropout: float
+    training: bool
+    site: int
+    drops_base: bool
+
+    def projection(self) -> Projection | None:
+        """It, or None where it can't."""
 
 
 def projection_group(modules: Sequence[nn.Module], tokens: int) -> Group | None:
@@ -137,21 +274,24 @@ def projection_group(modules: Sequence[nn.Module], tokens: int) -> Group | None:
         tokens: rows of the input, for the dropout masks.
     """
     projections = [_projection(module) for module in modules]
-    adapted = [m for m in modules if isinstance(m, LoRALinear)]
-    if not all(projections) or len({(m.dropout, m.training) for m in adapted}) > 1:
+    adapted = [cast(Projecting, module) for module in modules if _projects(module)]
+    if not all(projections) or len({(m.dropout, m.training, m.drops_base) for m in adapted}) > 1:
         return None
     found = tuple(p for p in projections if p is not None)
     if not (adapted and adapted[0].dropout and adapted[0].training):
         return Group(found)
-    return Group(found, adapted[0].dropout, current_keys(tokens, adapted[0].weight.device), adapted[0].site)
+    first = adapted[0]
+    keys = current_keys(tokens, found[0].weight.device)
+    return Group(found, first.dropout, keys, first.site, first.drops_base)
+
+
+def _projects(module: nn.Module) -> bool:
+    return isinstance(module, Adapter) and hasattr(module, "projection")
 
 
 def _projection(module: nn.Module) -> Projection | None:
-    base = module.base if isinstance(module, LoRALinear) else module
-    # A subclass of nn.Linear may keep its weight in a form of its own.
-    if not (type(base) is nn.Linear or is_conv1d(base)) or any(p.requires_grad for p in base.parameters()):
+    if _projects(module):
+        return cast(Projecting, module).projection()
+    if not has_plain_products(module) or any(p.requires_grad for p in module.parameters()):
         return None
-    bias = base.bias if isinstance(base.bias, Tensor) else None
-    if not isinstance(module, LoRALinear):
-        return Projection(FrozenLinear.of(base), bias)
-    return Projection(FrozenLinear.of(base), bias, module.lora_a, module.lora_b, module.scale)
+    return Projection(frozen_weight(module), module.bias if isinstance(module.bias, Tensor) else None)

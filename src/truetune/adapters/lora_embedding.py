@@ -15,10 +15,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from truetune.adapters.base import Adapter
+from truetune.adapters.base import Adapter, Change
 from truetune.adapters.lora import LoRAParams
+from truetune.adapters.lora_start import FROM_WEIGHTS
+from truetune.adapters.standalone import Mergeable
 from truetune.config.lora import LoRA
+from truetune.errors import AdapterError
 from truetune.ops import lowrank
+
+A, B = "lora_embedding_A", "lora_embedding_B"
 
 
 def merge_table(weight: Tensor, params: LoRAParams) -> Tensor:
@@ -33,10 +38,11 @@ def merge_table(weight: Tensor, params: LoRAParams) -> Tensor:
     return lowrank.fold(weight, params.b.T, params.a.T, params.scale)
 
 
-class LoRAEmbedding(Adapter):
+class LoRAEmbedding(Mergeable):
     """A frozen ``nn.Embedding`` with a trained low-rank update. Arguments as in ``LoRALinear``, without dropout."""
 
-    files = {"lora_a": "lora_embedding_A", "lora_b": "lora_embedding_B"}  # noqa: RUF012 - ClassVar in the contract
+    files = {"lora_a": A, "lora_b": B}  # noqa: RUF012 - ClassVar in the contract
+    settings: ClassVar[type[LoRA]] = LoRA
 
     def __init__(
         self,
@@ -64,16 +70,42 @@ class LoRAEmbedding(Adapter):
         generator: torch.Generator | None = None,
         **settings: Any,
     ) -> Self:
-        """Wrap a table by the settings of a run, or by keywords. ``dropout`` has no place here and is not read."""
-        config = LoRA(**{**(config or LoRA()).model_dump(), **settings})
+        """Wrap a table by the settings of a run, or by keywords. ``dropout`` has no place here and is not read.
+
+        Raises:
+            AdapterError: a bias beside B, or a start that looks at the base's weight.
+        """
+        config = cls.settings(**{**(config or cls.settings()).model_dump(), **settings})
+        if config.lora_bias or config.init in FROM_WEIGHTS:
+            flag = "--lora-bias" if config.lora_bias else f"--init {config.init}"
+            raise AdapterError(
+                f"{flag}: for linear layers, and an embedding table is none", ("way out", "leave it out of --targets")
+            )
         return cls(base, rank=config.rank, alpha=config.alpha, rank_stabilised=config.use_rslora, generator=generator)
+
+    def magnitude(self) -> Tensor | None:
+        """[dim], what the rows are multiplied by; None for nothing."""
+        return None
 
     def forward(self, x: Tensor) -> Tensor:
         """[...] int64 -> [..., dim] in the dtype of the table."""
         rows: Tensor = self.base(x)
+        if self.is_merged:
+            return rows
         # Gemma 3 multiplies its rows by sqrt(dim) inside the table's module: the update belongs inside as well.
         scale = self.scale * float(getattr(self.base, "embed_scale", 1.0))
-        return rows + lowrank.lookup(x, self.lora_a, self.lora_b, scale, dtype=rows.dtype)
+        rows = rows + lowrank.lookup(x, self.lora_a, self.lora_b, scale, dtype=rows.dtype)
+        magnitude = self.magnitude()
+        return rows if magnitude is None else (rows * magnitude).to(rows.dtype)
+
+    def changes(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Change]:
+        """W + s (B A)ᵀ."""
+        params = LoRAParams(a=tensors[A], b=tensors[B], scale=self.scale)
+        return {"weight": lambda weight: self.folded(weight, params, tensors)}
+
+    def folded(self, weight: Tensor, params: LoRAParams, own: Mapping[str, Tensor]) -> Tensor:
+        """The merged table, [vocab, dim], rounded once; ``own`` are all tensors of the adapter."""
+        return merge_table(weight, params)
 
     def params(self) -> LoRAParams:
         """The trained tensors and their scale."""
@@ -81,7 +113,9 @@ class LoRAEmbedding(Adapter):
 
     def merged_weight(self) -> Tensor:
         """W + s (B A)ᵀ, [vocab, dim]."""
-        return merge_table(self.base.weight.detach(), self.params())
+        weight = self.base.weight.detach()
+        own = {suffix: tensor.detach() for suffix, tensor in self.own().items()}
+        return weight.clone() if self.is_merged else self.folded(weight, self.params(), own)
 
 
 class TiedHead(Adapter):
@@ -92,7 +126,7 @@ class TiedHead(Adapter):
     """
 
     files = {}  # noqa: RUF012 - ClassVar in the contract
-    copies: ClassVar[Mapping[str, str]] = {"lora_A.weight": "lora_embedding_B", "lora_B.weight": "lora_embedding_A"}
+    copies: ClassVar[Mapping[str, str]] = {"lora_A.weight": B, "lora_B.weight": A}
 
     def __init__(self, base: nn.Linear, table: LoRAEmbedding) -> None:
         super().__init__()
@@ -103,10 +137,16 @@ class TiedHead(Adapter):
         """The table's A and B."""
         yield from (self._table[0].lora_a, self._table[0].lora_b)
 
+    def changes(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Change]:
+        """Nothing of its own: the table's change is the head's."""
+        return {}
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim] -> [..., vocab]."""
         table = self._table[0]
         y: Tensor = F.linear(x, self.base.weight, self.base.bias)
+        if table.is_merged:  # what the two share was changed for both
+            return y
         return y + lowrank.linear(x, table.lora_b.T, table.lora_a.T, table.scale).to(y.dtype)
 
     def merged_weight(self) -> Tensor:

@@ -8,10 +8,12 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
+from truetune.config.adapter import Targeted
 from truetune.errors import AdapterError, nearest
 from truetune.ops.frozen import is_linear
 
 ALL_LINEAR = "all-linear"
+_LAYER = re.compile(r"\.(\d+)\.")
 _REGEX_MARKS = re.compile(r"[\\^$*+?\[\](){}|]")
 
 
@@ -55,6 +57,30 @@ def resolve_targets(model: nn.Module, patterns: Sequence[str], *, all_must_match
     return [path for path in layers if path in found]
 
 
+def targeted(model: nn.Module, config: Targeted, *, all_must_match: bool = True) -> list[str]:
+    """The paths that the targets of a method name, without those that it excludes, in the layers that it is for.
+
+    Raises:
+        AdapterError: a pattern is no valid expression, or matches nothing; or nothing is left.
+    """
+    paths = resolve_targets(model, config.targets, all_must_match=all_must_match)
+    layers = adaptable(model)
+    for pattern in config.exclude:
+        hits = _hits(model, layers, pattern)
+        if not hits and all_must_match:
+            raise no_such_layer(model, layers, pattern, flag="--exclude")
+        paths = [path for path in paths if path not in hits]
+    if config.layers:
+        numbers = {path: int(found[1]) for path in paths if (found := _LAYER.search(path))}
+        if absent := sorted(set(config.layers) - set(numbers.values())):
+            last = max(numbers.values(), default=-1)
+            raise AdapterError(f"--layers {absent[0]}: the model has no such decoder layer", ("it has", f"0 to {last}"))
+        paths = [path for path in paths if numbers.get(path) in config.layers]
+    if not paths:
+        raise AdapterError("--exclude and --layers leave none of the layers that --targets names")
+    return paths
+
+
 def _hits(model: nn.Module, layers: dict[str, nn.Module], pattern: str) -> list[str]:
     if pattern == ALL_LINEAR:
         head = output_head(model)
@@ -65,7 +91,9 @@ def _hits(model: nn.Module, layers: dict[str, nn.Module], pattern: str) -> list[
         raise AdapterError(f"--targets: '{pattern}' is no valid regular expression: {error}") from None
 
 
-def no_such_layer(model: nn.Module, layers: dict[str, nn.Module], pattern: str) -> AdapterError:
+def no_such_layer(
+    model: nn.Module, layers: dict[str, nn.Module], pattern: str, *, flag: str = "--targets"
+) -> AdapterError:
     """The error for a pattern that matches nothing, with what there is."""
     leaves = Counter(path.rsplit(".", 1)[-1] for path in layers)
     others = {path: type(m).__name__ for path, m in model.named_modules() if path and path not in layers}
@@ -74,12 +102,12 @@ def no_such_layer(model: nn.Module, layers: dict[str, nn.Module], pattern: str) 
     )
     has = ", ".join(f"{name} x{count}" for name, count in sorted(leaves.items(), key=lambda item: -item[1]))
     return AdapterError(
-        f"--targets: '{pattern}' is a {kind}, which takes no adapter of its own"
+        f"{flag}: '{pattern}' is a {kind}, which takes no adapter of its own"
         if kind
-        else f"--targets: the model has no layer called '{pattern}'",
+        else f"{flag}: the model has no layer called '{pattern}'",
         ("did you mean", "" if kind else nearest(pattern, [*leaves, ALL_LINEAR])),
         ("it has", has),
-        ("or", f"--targets {ALL_LINEAR}"),
+        ("or", f"--targets {ALL_LINEAR}" if flag == "--targets" else ""),
     )
 
 

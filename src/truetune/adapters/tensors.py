@@ -6,17 +6,16 @@ is missing, extra or misshaped at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from truetune.adapters.base import Adapter
+from truetune.adapters.base import Change
 from truetune.adapters.inject import adapters, attachment
-from truetune.adapters.lora import LoRALinear, LoRAParams
-from truetune.adapters.lora_embedding import LoRAEmbedding, TiedHead
+from truetune.adapters.lora_embedding import TiedHead
 from truetune.errors import AdapterError
 
 _ROOT = "base_model.model."
@@ -36,8 +35,8 @@ def state(model: nn.Module) -> dict[str, Parameter]:
 
 
 def to_file(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of ``adapter_model.safetensors``: ``state``, and the tied head's copies that PEFT expects."""
-    tensors = {key: p.detach().cpu().contiguous() for key, p in state(model).items()}
+    """The tensors of ``adapter_model.safetensors``: ``state``, what all layers share, and the tied head's copies."""
+    tensors = {key: p.detach().cpu().contiguous() for key, p in {**state(model), **_shared(model)}.items()}
     return tensors | {copy.key: copy.of(tensors).clone().contiguous() for copy in _tied_copies(model)}
 
 
@@ -67,13 +66,18 @@ def _tied_copies(model: nn.Module) -> list[_TiedCopy]:
     ]
 
 
+def _shared(model: nn.Module) -> dict[str, Tensor]:
+    """Key in the file → frozen tensor that the layers of a method have together."""
+    return {key: tensor for _, adapter in adapters(model) for key, tensor in adapter.shared_tensors().items()}
+
+
 def fill(model: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> None:
     """Copy ``tensors`` (keys as in PEFT's file) into the adapter that ``model`` carries; exactly all of them.
 
     Raises:
         AdapterError: they are not exactly those; then none was copied.
     """
-    expected = state(model)
+    expected = {**state(model), **_shared(model)}
     copies = _tied_copies(model)
     shapes = {key: p.shape for key, p in expected.items()}
     shapes |= {copy.key: copy.of(expected).shape for copy in copies}
@@ -99,7 +103,7 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> None
 
 
 def _misfits(
-    model: nn.Module, expected: Mapping[str, Parameter], shapes: Mapping[str, torch.Size], tensors: Mapping[str, Tensor]
+    model: nn.Module, expected: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], tensors: Mapping[str, Tensor]
 ) -> list[str]:
     """One line per tensor that is missing, extra or misshaped."""
     missing = [f"missing    {key} {list(p.shape)}" for key, p in expected.items() if key not in tensors]
@@ -116,12 +120,17 @@ def _misfits(
     return missing + extra + misshaped
 
 
-def site_params(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Adapter, LoRAParams]]:
-    """``(path, wrapped layer, its tensors from the file)`` of every site that owns tensors."""
+def changes(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Change]:
+    """Name of a base parameter → what merging makes of it, for every wrapped layer.
+
+    Raises:
+        AdapterError: the method does not fold into weights.
+    """
+    result: dict[str, Change] = {}
     for path, adapter in adapters(model):
-        if isinstance(adapter, LoRALinear | LoRAEmbedding):
-            a, b = (tensors[f"{_ROOT}{path}.{suffix}"] for suffix in adapter.files.values())
-            yield path, adapter, LoRAParams(a=a, b=b, scale=adapter.scale)
+        own = {suffix: tensors[f"{_ROOT}{path}.{suffix}"] for suffix, _ in adapter.adapter_parameters()}
+        result |= {f"{path}.{name}": change for name, change in adapter.changes(own).items()}
+    return result
 
 
 def replaced_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

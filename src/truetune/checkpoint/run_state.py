@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from truetune.adapters import files
-from truetune.adapters.inject import attachment
+from truetune.adapters.inject import adapters, attachment
 from truetune.checkpoint.atomic import atomic_folder, faults, is_valid
 from truetune.errors import CheckpointError
 
 FOLDER = "checkpoints"
+METHOD = "method.safetensors"
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ def save(
     with atomic_folder(path) as folder:
         write_trained(model, folder, base=base)
         save_file(_optimizer_tensors(optimizer, trained_state(model)), folder / "optimizer.safetensors")
+        if state := _method_state(model):
+            save_file({name: t.detach().cpu().contiguous() for name, t in state.items()}, folder / METHOD)
         (folder / "state.json").write_text(json.dumps(asdict(progress), indent=1), encoding="utf-8")
     _prune(out, keep, progress.step)
     return path
@@ -94,6 +97,7 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | Non
         files.fill(model, load_file(path / "adapter" / files.WEIGHTS), where=str(path))
     else:
         _fill_weights(model, load_file(path / "weights.safetensors"), path)
+    _fill_method_state(model, path)
     if optimizer is not None:
         _fill_optimizer(optimizer, trained_state(model), load_file(path / "optimizer.safetensors"))
     return read_progress(path)
@@ -176,6 +180,21 @@ def _fill_weights(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -
             parameter.copy_(tensors[name])
 
 
+def _method_state(model: nn.Module) -> dict[str, Tensor]:
+    """What a method keeps while training beside its parameters, by layer and name."""
+    found = {path: adapter.training_state() for path, adapter in adapters(model)}
+    return {f"{path}.{name}": tensor for path, state in found.items() for name, tensor in state.items()}
+
+
+def _fill_method_state(model: nn.Module, path: Path) -> None:
+    expected = _method_state(model)
+    tensors = load_file(path / METHOD) if (path / METHOD).is_file() else {}
+    if {name: t.shape for name, t in tensors.items()} != {name: t.shape for name, t in expected.items()}:
+        raise CheckpointError(f"{path / METHOD} does not hold what this method keeps while training")
+    for name, tensor in expected.items():
+        tensor.copy_(tensors[name])
+
+
 def _optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Parameter]) -> dict[str, Tensor]:
     """``KEY.exp_avg`` and so on, for every parameter that has state."""
     tensors = {}
@@ -198,5 +217,8 @@ def _fill_optimizer(
         )
     for key, fields in by_parameter.items():
         parameter = parameters[key]
-        # The fused AdamW wants its step counter beside the parameter too.
-        optimizer.state[parameter] = {name: value.to(parameter.device) for name, value in fields.items()}
+        optimizer.state[parameter] = {
+            # An int64 was a number of Python's; the fused AdamW's counter is a float, and stays beside the parameter.
+            name: int(value) if value.dtype == torch.int64 else value.to(parameter.device)
+            for name, value in fields.items()
+        }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -99,6 +99,24 @@ def copy_bytes(entry: TensorEntry, out_file: BinaryIO) -> None:
             chunk = buffer[: min(CHUNK_BYTES, entry.nbytes - start)]
             _fill(entry, file, chunk)
             out_file.write(chunk)
+
+
+def name_in_checkpoint(module_tensor: str, index_keys: Collection[str], prefix: str) -> str | None:
+    """What the files call a model's tensor, or None if they don't hold it.
+
+    Files saved from a bare body lack the body's name, which a model with a head puts before it (GPT-2:
+    ``h.0.attn.c_attn.weight`` in the file, ``transformer.h.0.attn.c_attn.weight`` in the model), or the reverse.
+
+    Args:
+        module_tensor: the parameter's name in the model.
+        index_keys: the tensor names of the checkpoint.
+        prefix: the model's ``base_model_prefix``; may be empty.
+    """
+    if module_tensor in index_keys or not prefix:
+        return module_tensor if module_tensor in index_keys else None
+    bare = module_tensor.removeprefix(f"{prefix}.")
+    other = bare if bare != module_tensor else f"{prefix}.{module_tensor}"
+    return other if other in index_keys else None
 
 
 def _read_weight_map(path: Path) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import io
@@ -9,7 +10,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -35,6 +36,9 @@ COMMANDS: dict[str, Command] = {
     ),
     "pretrain": Command("truetune.config.sft:PretrainConfig", "truetune.recipes.pretrain", "train on raw text"),
     "merge": Command("truetune.config.merge:MergeConfig", "truetune.recipes.merge", "fold an adapter into its base"),
+    "quantize": Command(
+        "truetune.config.quantize:QuantizeConfig", "truetune.recipes.quantize", "write a base in 4 or 8 bits"
+    ),
     "generate": Command("truetune.config.generate:GenerateConfig", "truetune.recipes.generate", "answer a prompt"),
     "inspect": Command(
         "truetune.config.inspect:InspectConfig", "truetune.recipes.inspect", "say what a file or folder is"
@@ -102,7 +106,8 @@ def _run(name: str, arguments: list[str]) -> int:
         return 0
     flags, file, as_json = parse(name, config_class, arguments)
     resolved = resolve(config_class, file=file, flags=flags)
-    result = _recipe(command.recipe).run(resolved)
+    with _log_on_stderr():
+        result = _recipe(command.recipe).run(resolved)
     if as_json:
         print(json.dumps(result, ensure_ascii=False, allow_nan=False, default=str))
     return 0
@@ -117,6 +122,23 @@ def _recipe(module: str) -> ModuleType:
     finally:
         gc.freeze()
         gc.enable()
+
+
+@contextlib.contextmanager
+def _log_on_stderr() -> Iterator[None]:
+    """Say what the library logs; in other programs it is silent unless they ask for it, as of any library."""
+    import logging  # not for --help
+
+    log, handler = logging.getLogger("truetune"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("truetune: %(message)s"))
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 def overview() -> str:

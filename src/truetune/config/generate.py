@@ -7,10 +7,11 @@ from typing import ClassVar, Literal
 from pydantic import model_validator
 from typing_extensions import Self
 
-from truetune.config.options import Options, option
+from truetune.config.options import option
+from truetune.config.quant import QuantGroup
 
 
-class GenerateConfig(Options):
+class GenerateConfig(QuantGroup):
     """Settings of ``truetune generate``: answer one prompt with a base, an adapter on it, or a merged model."""
 
     command: ClassVar[str] = "generate"

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pydantic import field_validator
 
-from truetune.config.lora import LoRA
 from truetune.config.options import Options, option
+from truetune.errors import nearest
 
-MethodName = Literal["lora", "full"]
+OPTIMIZERS = tuple(
+    f"{name}{bits}"
+    for name in ("adamw", "adam", "lion", "ademamix", "rmsprop", "adagrad", "sgd", "lamb", "lars")
+    for bits in ("", "8bit")
+)
+"""What ``--optim`` takes; ``optim.choose`` makes them."""
 
 
 class BaseGroup(Options):
@@ -29,6 +35,40 @@ class BaseGroup(Options):
         alias=("torch_dtype",),
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", help="where to compute", group="base")
+    max_memory: str | None = option(
+        None,
+        help="most memory that the run may take, such as 6GB: where its plan needs more, layers are computed again in "
+        "the backward, and then the frozen base stays on disk and is read layer by layer (CPU)",
+        group="base",
+    )
+
+    @field_validator("max_memory", mode="before")
+    @classmethod
+    def _size(cls, value: object) -> object:
+        plain = str(value) if isinstance(value, int | float) else value
+        if isinstance(plain, str):
+            bytes_of(plain)
+        return plain
+
+    @property
+    def memory_limit_mb(self) -> float | None:
+        """``max_memory`` in MB (10^6 bytes)."""
+        return None if self.max_memory is None else bytes_of(self.max_memory) / 1e6
+
+
+def bytes_of(text: str) -> int:
+    """The bytes that a size such as ``1.5GB`` means.
+
+    Raises:
+        ValueError: not a size above zero.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d*)?)([KMGT]?)(I?)B?", text.strip().replace(" ", "").upper())
+    if not found or (found[3] and not found[2]):
+        raise ValueError("a size such as 1.5GB, 1500MB, 1.5GiB or 1500000000")
+    size = int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2] or " "))
+    if not size:
+        raise ValueError("a size above zero, such as 1.5GB")
+    return size
 
 
 class LengthGroup(Options):
@@ -57,22 +97,12 @@ class LengthGroup(Options):
     )
 
 
-class TuningGroup(LoRA):
-    """What is trained, and how it is parametrised."""
-
-    method: MethodName = option("lora", help="how to tune", group="tuning", alias=("tuner_type", "train_type"))
-
-    def lora(self) -> LoRA:
-        """The adapter's settings alone."""
-        return LoRA(**{name: getattr(self, name) for name in LoRA.model_fields})
-
-
 class TrainingGroup(Options):
     """The optimizer's side of a run."""
 
     lr: float | None = option(
         None,
-        help="peak learning rate (default: 2e-4 for lora, 2e-5 for full)",
+        help="peak learning rate (default: the method's usual one; lora 2e-4, full 2e-5)",
         group="training",
         alias=("learning_rate",),
         gt=0,
@@ -87,7 +117,30 @@ class TrainingGroup(Options):
         alias=("warmup_ratio", "warmup_steps"),
         ge=0,
     )
-    weight_decay: float = option(0.0, help="AdamW's decoupled decay", group="training", ge=0)
+    optim: str = option(
+        "adamw",
+        help="the optimizer: adamw, adam, lion, ademamix, rmsprop, adagrad, sgd, lamb, lars; with 8bit behind its "
+        "name, as in adamw8bit, its state takes a quarter of the memory; lion wants a 3 to 10 times smaller --lr",
+        group="training",
+        alias=("optimizer",),
+    )
+    weight_decay: float = option(
+        0.0, help="decay of matrices: decoupled; L2 in sgd, lars, rmsprop and adagrad", group="training", ge=0
+    )
+    lora_plus_ratio: float = option(
+        1.0,
+        help="how many times faster B learns than A (LoRA+, arXiv:2402.12354, which recommends 16)",
+        group="training",
+        alias=("loraplus_lr_ratio",),
+        gt=0,
+    )
+    neftune_alpha: float = option(
+        0.0,
+        help="strength of the noise on the embeddings while training (NEFTune, arXiv:2310.05914: 5, 10 or 15); 0: none",
+        group="training",
+        alias=("neftune_noise_alpha",),
+        ge=0,
+    )
     clip: float = option(
         1.0,
         help="largest norm of the gradient; 0 turns clipping off",
@@ -120,6 +173,18 @@ class TrainingGroup(Options):
         alias=("gradient_checkpointing",),
     )
     seed: int = option(0, help="seed of the adapter's start, the data order and dropout", group="training", ge=0)
+
+    @field_validator("optim", mode="before")
+    @classmethod
+    def _known_optimizer(cls, value: object) -> object:
+        """Also by transformers' names, such as ``adamw_torch_fused``, ``adamw_8bit`` or ``lion_bnb_8bit``."""
+        if not isinstance(value, str):
+            return value
+        name = re.sub(r"_torch(_fused)?$", "", re.sub(r"_(bnb_)?8bit$", "8bit", value.lower()))
+        if name not in OPTIMIZERS:
+            close = nearest(name, OPTIMIZERS)
+            raise ValueError(", ".join(OPTIMIZERS) + (f"; did you mean '{close}'?" if close else ""))
+        return name
 
 
 class RunGroup(Options):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-from truetune.config.options import Options, option
+from truetune.config.options import option
+from truetune.config.quant import QuantGroup
 
 
-class MergeConfig(Options):
-    """Settings of ``truetune merge``: fold an adapter into its base, tensor by tensor."""
+class MergeConfig(QuantGroup):
+    """Settings of ``truetune merge``: fold an adapter into its base, tensor by tensor.
+
+    ``--quant`` packs the merged model again.
+    """
 
     command: ClassVar[str] = "merge"
 
@@ -20,6 +24,12 @@ class MergeConfig(Options):
         group="run",
         alias=("output_dir", "output"),
         min_length=1,
+    )
+    onto: Literal["auto", "original", "dequantized"] = option(
+        "auto",
+        help="for an adapter trained on a quantised base: merge onto the original weights, or onto what the quantised "
+        "ones stand for, which is what it was trained on; auto: the latter",
+        group="run",
     )
     max_shard_gb: float = option(5.0, help="largest weight file, in GB", group="run", gt=0)
     allow_other_base: bool = option(

@@ -7,11 +7,13 @@ from typing import ClassVar, Literal
 from pydantic import model_validator
 from typing_extensions import Self
 
-from truetune.config.groups import BaseGroup, LengthGroup, RunGroup, TrainingGroup, TuningGroup
+from truetune.config.groups import BaseGroup, LengthGroup, RunGroup, TrainingGroup
+from truetune.config.methods import METHODS, MethodName, TuningGroup
 from truetune.config.options import option
+from truetune.config.quant import QuantGroup
 
 
-class TrainConfig(BaseGroup, LengthGroup, TuningGroup, TrainingGroup, RunGroup):
+class TrainConfig(BaseGroup, QuantGroup, LengthGroup, TuningGroup, TrainingGroup, RunGroup):
     """What both training commands have in common; not a command of its own."""
 
     data: tuple[str, ...] = option(
@@ -28,14 +30,22 @@ class TrainConfig(BaseGroup, LengthGroup, TuningGroup, TrainingGroup, RunGroup):
         if (self.select == "best" or self.eval_every) and not (self.val_split or self.val_data):
             flag = "--select best" if self.select == "best" else "--eval-every"
             raise ValueError(f"{flag} needs held-out rows: add --val-split 0.05 or --val-data FILE")
-        if self.method == "full":
-            _refuse_adapter_settings(self)
+        if self.quant != "none" and not METHODS[self.method].on_quantised:
+            raise ValueError(
+                f"--quant {self.quant}: packed weights can't be trained, and --method {self.method} trains the base's "
+                "own; --method lora trains beside them"
+            )
+        if self.lora_plus_ratio != 1 and not METHODS[self.method].has_low_rank_pair:
+            with_pair = ", ".join(name for name, method in METHODS.items() if method.has_low_rank_pair)
+            raise ValueError(
+                f"--lora-plus-ratio: --method {self.method} has no A and B to learn at two rates; {with_pair} do"
+            )
         return self
 
     @property
     def peak_lr(self) -> float:
         """The learning rate asked for, or the method's usual one."""
-        return self.lr if self.lr is not None else {"lora": 2e-4, "full": 2e-5}[self.method]
+        return self.lr if self.lr is not None else METHODS[self.method].lr
 
 
 class SFTConfig(TrainConfig):
@@ -69,15 +79,4 @@ class PretrainConfig(TrainConfig):
 
     command: ClassVar[str] = "pretrain"
 
-    method: Literal["lora", "full"] = option(
-        "full", help="how to tune", group="tuning", alias=("tuner_type", "train_type")
-    )
-
-
-def _refuse_adapter_settings(config: TrainConfig) -> None:
-    """An adapter's setting beside ``--method full`` would be taken and dropped."""
-    adapter_only = ("rank", "alpha", "dropout", "targets", "use_rslora", "trainable")
-    given = [name for name in adapter_only if name in config.model_fields_set]
-    if given:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise ValueError(f"{flags}: an adapter's setting, and --method full trains no adapter")
+    method: MethodName = option("full", help="how to tune", group="tuning", alias=("tuner_type", "train_type"))

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from truetune.adapters import tensors
+from truetune.adapters.base import Change
 from truetune.adapters.files import AdapterFile
 from truetune.adapters.inject import attachment, tied_paths
-from truetune.adapters.lora import LoRAParams, merge
-from truetune.adapters.lora_embedding import LoRAEmbedding, merge_table
-from truetune.adapters.tensors import base_copies, replaced_tensors, site_params
 from truetune.checkpoint.header import TensorEntry, few
-from truetune.checkpoint.tensors import load
+from truetune.checkpoint.tensors import load, name_in_checkpoint
 from truetune.errors import AdapterError
-from truetune.export.merge import Addition, Edit, name_in_checkpoint
-from truetune.ops.frozen import is_conv1d
+from truetune.export.merge import Addition, Edit
 
-Change = Callable[[Tensor], Tensor]
-_DENSE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+_PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ def fold(model: nn.Module, file: AdapterFile, entries: Mapping[str, TensorEntry]
         entries: the checkpoint's tensors.
         prefix: the model's ``base_model_prefix``, which some checkpoints leave out of their names.
     Raises:
-        AdapterError: a tensor the adapter changes is not in the checkpoint, or is stored quantised there.
+        AdapterError: a tensor the adapter changes is not in the checkpoint.
     """
     changes = _changes(model, file)
     attached = attachment(model)
@@ -64,19 +62,24 @@ def fold(model: nn.Module, file: AdapterFile, entries: Mapping[str, TensorEntry]
             f"the base's files have no tensor {', '.join(missing[:5])}" + (" …" if len(missing) > 5 else ""),
             ("likely", "transformers renames this model's weights while loading, which a streaming merge can't follow"),
         )
-    _check_dense(file, [entries[name] for name, edit in edits.items() if isinstance(edit, Edit)])
     return Fold(edits, config)
 
 
-def _check_dense(file: AdapterFile, edited: Iterable[TensorEntry]) -> None:
+def check_plain(file: AdapterFile, changes: Fold, entries: Mapping[str, TensorEntry]) -> None:
+    """That every tensor to be changed is stored as numbers that can be added to.
+
+    Raises:
+        AdapterError: some are packed, in a way that the base's config does not tell of.
+    """
+    edited = [entries[name] for name, edit in changes.edits.items() if isinstance(edit, Edit)]
     packed = [
-        f"{entry.name} ({str(entry.dtype).removeprefix('torch.')})" for entry in edited if entry.dtype not in _DENSE
+        f"{entry.name} ({str(entry.dtype).removeprefix('torch.')})" for entry in edited if entry.dtype not in _PLAIN
     ]
     if packed:
         raise AdapterError(
             f"{file.folder} changes tensors that are not plain floating-point numbers in this base",
             ("tensors", few(packed)),
-            ("because", "this version does not read quantised checkpoints"),
+            ("because", "its config.json does not say how they are quantised"),
             ("way out", "pass the unquantised base that it was made from"),
         )
 
@@ -88,16 +91,13 @@ def _of_its_own(name: str, change: Change | None, source: TensorEntry) -> Additi
 
 def _changes(model: nn.Module, file: AdapterFile) -> dict[str, Change]:
     """Name of a base tensor → what becomes of it."""
-    changes: dict[str, Change] = {}
-    for path, adapter, params in site_params(model, file.tensors):
-        if isinstance(adapter, LoRAEmbedding):
-            changes[f"{path}.weight"] = _table(params)
-        else:
-            changes[f"{path}.weight"] = _linear(params, transposed=is_conv1d(adapter.base))
-    for name, copy in base_copies(model, file.tensors).items():
+    changes = tensors.changes(model, file.tensors)
+    for name, copy in tensors.base_copies(model, file.tensors).items():
         if name in changes:
             changes[name] = _checked(changes[name], copy, f"{file.folder}: the copy of {name} in it")
-    return changes | {name: _replacement(tensor) for name, tensor in replaced_tensors(model, file.tensors).items()}
+    return changes | {
+        name: _replacement(tensor) for name, tensor in tensors.replaced_tensors(model, file.tensors).items()
+    }
 
 
 def _checked(change: Change, copy: Tensor, what: str) -> Change:
@@ -110,18 +110,6 @@ def _checked(change: Change, copy: Tensor, what: str) -> Change:
         return change(weight)
 
     return apply
-
-
-def _linear(params: LoRAParams, *, transposed: bool) -> Change:
-    def apply(weight: Tensor) -> Tensor:
-        merged, _ = merge(weight.T if transposed else weight, None, params)
-        return merged.T.contiguous() if transposed else merged
-
-    return apply
-
-
-def _table(params: LoRAParams) -> Change:
-    return lambda weight: merge_table(weight, params)
 
 
 def _replacement(tensor: Tensor) -> Change:

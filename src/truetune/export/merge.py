@@ -7,24 +7,18 @@ one is read, changed and written, and the result appears under its name only whe
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
-import os
-import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from truetune.checkpoint.disk import require_space, sync, writing
 from truetune.checkpoint.header import PlannedTensor, TensorEntry
 from truetune.checkpoint.shards import ShardWriter
-from truetune.checkpoint.side_files import side_files
 from truetune.checkpoint.tensors import load, open_index
-from truetune.errors import ModelError, OutputError, nearest
+from truetune.errors import ModelError, nearest
+from truetune.export.new_folder import appearing, check_out, side_contents
 from truetune.ops.allocator import return_freed_memory
 
 
@@ -81,7 +75,8 @@ def merge_checkpoint(
     Args:
         edits: by tensor name, the same as in the value. An addition may reuse a dropped name.
         drop: tensors of the base to leave out.
-        config_updates: top-level keys of ``config.json`` to set; a nested value is replaced as a whole.
+        config_updates: top-level keys of ``config.json`` to set, or with None to remove; a nested value is replaced
+            as a whole.
         extra_files: contents (or a file to copy) by name; they go before the base's files of that name.
         progress: called after each tensor with the bytes written so far and in all.
 
@@ -93,14 +88,14 @@ def merge_checkpoint(
     return_freed_memory()
     entries = open_index(base)
     _check_edits(base, entries, edits, drop)
-    _check_out(base, out)
-    files = _side_files(base, config_updates or {}, extra_files or {})
+    check_out(base, out)
+    files = side_contents(base, config_updates or {}, extra_files or {})
     plan = _plan(entries, edits, drop)
     total = sum(tensor.nbytes for tensor in plan)
     beside = sum(len(content) if isinstance(content, bytes) else content.stat().st_size for content in files.values())
     done = 0
     with (
-        _appearing(out.resolve(), files, total + beside) as partial,
+        appearing(out.resolve(), files, total + beside) as partial,
         ShardWriter(partial, plan, max_shard_bytes=max_shard_bytes) as writer,
     ):
         for tensor in plan:
@@ -111,24 +106,6 @@ def merge_checkpoint(
     edited = sum(isinstance(edit, Edit) for edit in edits.values())
     added = len(edits) - edited
     return MergeReport(len(plan) - len(edits), edited, added, len(set(drop)), total, tuple(sorted(files)))
-
-
-def name_in_checkpoint(module_tensor: str, index_keys: Collection[str], prefix: str) -> str | None:
-    """What the files call a model's tensor, or None if they don't hold it.
-
-    Files saved from a bare body lack the body's name, which a model with a head puts before it (GPT-2:
-    ``h.0.attn.c_attn.weight`` in the file, ``transformer.h.0.attn.c_attn.weight`` in the model), or the reverse.
-
-    Args:
-        module_tensor: the parameter's name in the model.
-        index_keys: the tensor names of the checkpoint.
-        prefix: the model's ``base_model_prefix``; may be empty.
-    """
-    if module_tensor in index_keys or not prefix:
-        return module_tensor if module_tensor in index_keys else None
-    bare = module_tensor.removeprefix(f"{prefix}.")
-    other = bare if bare != module_tensor else f"{prefix}.{module_tensor}"
-    return other if other in index_keys else None
 
 
 def _check_edits(
@@ -153,17 +130,6 @@ def _check_edits(
             raise ValueError(f"{name!r} is added, but the base has it: edit it, or drop it as well")
 
 
-def _check_out(base: Path, out: Path) -> None:
-    if out.resolve() == base.resolve():
-        raise OutputError(f"{out}: is the base itself", ("way out", "write to a new folder"))
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out}: is a file", ("way out", "write to a new folder"))
-    if out.is_dir() and (there := sorted(path.name for path in out.iterdir())):
-        holds = "already holds a model" if "config.json" in there else "is not empty"
-        found = ", ".join(there[:5]) + (" …" if len(there) > 5 else "")
-        raise OutputError(f"{out}: {holds}", ("found", found), ("way out", "write to a new folder, or remove this one"))
-
-
 def _plan(
     entries: Mapping[str, TensorEntry], edits: Mapping[str, Edit | Addition], drop: Collection[str]
 ) -> list[PlannedTensor]:
@@ -186,56 +152,3 @@ def _write(writer: ShardWriter, name: str, edit: Edit | Addition | None, entries
             writer.write(name, edit.apply(load(entries[name])))
         case Addition():
             writer.write(name, edit.make())
-
-
-def _side_files(
-    base: Path, config_updates: Mapping[str, object], extra_files: Mapping[str, bytes | Path]
-) -> dict[str, bytes | Path]:
-    """What goes beside the weights, by its name in the folder: new contents, or the file to copy."""
-    files: dict[str, bytes | Path] = {path.relative_to(base).as_posix(): path for path in side_files(base)}
-    try:
-        config = json.loads((base / "config.json").read_bytes())
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{base / 'config.json'}: no readable config: {error}") from error
-    if config_updates:
-        updated = {**config, **config_updates}
-        files["config.json"] = (json.dumps(updated, indent=2, ensure_ascii=False) + "\n").encode()
-    for name in extra_files:
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or name.startswith("model"):
-            raise ValueError(f"{name!r} is no name for a file beside the weights")
-        if name == "config.json" and config_updates:
-            raise ValueError("config.json is given as a file and updated at once")
-    return files | dict(extra_files)
-
-
-def _write_files(folder: Path, files: Mapping[str, bytes | Path]) -> None:
-    for name, content in files.items():
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # Contents only: links and modes of a download cache stay behind.
-        source = io.BytesIO(content) if isinstance(content, bytes) else content.open("rb")
-        with source, target.open("xb") as file:
-            shutil.copyfileobj(source, file)
-            file.flush()
-            os.fsync(file.fileno())
-
-
-@contextlib.contextmanager
-def _appearing(out: Path, files: Mapping[str, bytes | Path], needed: int) -> Iterator[Path]:
-    """A folder beside ``out`` with ``files`` in it; takes the name of ``out`` at the end, is removed on any failure."""
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    try:
-        with writing(out.parent, needed=needed):
-            out.parent.mkdir(parents=True, exist_ok=True)
-            require_space(out.parent, needed)
-            partial.mkdir()
-            _write_files(partial, files)
-        yield partial
-        with writing(out.parent, needed=needed):
-            if out.is_dir():
-                out.rmdir()  # empty, as checked; a rename onto a folder is not allowed everywhere
-            partial.rename(out)
-            sync(out.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise

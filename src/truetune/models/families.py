@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from truetune.adapters.lora import projection_group
-from truetune.ops.projection import Group, Normed
+from truetune.ops.projection import Normed
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -28,7 +28,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class DecoderParts:
-    """The modules of one such layer."""
+    """The modules of one such layer; q, k, v can be one node, and so can o, gate with up, and down."""
 
     attention: nn.Module
     input_norm: Normed
@@ -70,13 +70,8 @@ def decoder_parts(layer: nn.Module) -> DecoderParts | None:
         attention, input_norm, q, k, v, o, q_norm, k_norm, mlp_norm, mlp.gate_proj, mlp.up_proj, mlp.down_proj,
         activation, head_dim,
     )  # fmt: skip
-    return parts if all(groups(parts, 1)) else None
-
-
-def groups(parts: DecoderParts, tokens: int) -> tuple[Group | None, ...]:
-    """The projections that share an input: (q, k, v), (o), (gate, up), (down); None for what can't be one node."""
-    together = ((parts.q, parts.k, parts.v), (parts.o,), (parts.gate, parts.up), (parts.down,))
-    return tuple(projection_group(modules, tokens) for modules in together)
+    together = ((q, k, v), (o,), (parts.gate, parts.up), (parts.down,))
+    return parts if all(projection_group(modules, tokens=1) for modules in together) else None
 
 
 def _normed(module: nn.Module | None) -> Normed | None:

@@ -80,23 +80,30 @@ def _keys_of_trained(batch: Batch) -> Tensor | None:
 
 
 @contextlib.contextmanager
-def prepared(path: Path, *, recompute: Recompute = "none", fused: bool = True) -> Iterator[None]:
-    """Run the model this way inside the block, and leave it as it was."""
+def prepared(path: Path, *, recompute: Recompute = "none", full_layers: int = 0, fused: bool = True) -> Iterator[None]:
+    """Run the model this way inside the block, and leave it as it was.
+
+    Args:
+        recompute: what the backward computes again, as ``FusedLayer`` takes it.
+        full_layers: the first so many layers are computed again whole. The first, because the backward comes to them
+            last: what it makes of them again then takes the place of what the others had kept.
+    """
     with contextlib.ExitStack() as stack:
         if path.packing:
             stack.enter_context(segmented(path.model))
-        stack.enter_context(standing_in(_forwards(path, recompute, fused)))
+        stack.enter_context(standing_in(_forwards(path, recompute, full_layers, fused)))
         yield
 
 
-def _forwards(path: Path, recompute: Recompute, fused: bool) -> dict[nn.Module, Forward]:
+def _forwards(path: Path, recompute: Recompute, full_layers: int, fused: bool) -> dict[nn.Module, Forward]:
     fusable = path.survey.fusable if path.packing and fused else {}
     result: dict[nn.Module, Forward] = {}
-    for layer in decoder_layers(path.model):
+    for number, layer in enumerate(decoder_layers(path.model)):
+        again: Recompute = "full" if number < full_layers else recompute
         if found := fusable.get(layer):
             is_last = layer is path.survey.last
-            result[layer] = FusedLayer(*found, layer.forward, recompute=recompute, is_last=is_last)
-        elif recompute == "full":
+            result[layer] = FusedLayer(*found, layer.forward, recompute=again, is_last=is_last)
+        elif again == "full":
             result[layer] = Recomputed(layer.forward)
     return result
 
@@ -118,7 +125,8 @@ class _PackedInputs:
         keys = batch.keys
         if spare := _spare(model, ids.shape[1]):
             filler = torch.arange(spare)
-            ids, positions = torch.cat([ids, filler[None] * 0], dim=1), torch.cat([positions, filler[None]], dim=1)
+            zeros = torch.zeros_like(filler)[None]  # any place in the model's context: a table may be short
+            ids, positions = torch.cat([ids, zeros], dim=1), torch.cat([positions, zeros], dim=1)
             keys = None if keys is None else torch.cat([keys, filler])
             lengths = (*lengths, spare)
         if spare := _spare(model, len(columns)):
@@ -163,7 +171,7 @@ def _call(model: PreTrainedModel, ids: Tensor, columns: Tensor, **inputs: Any) -
 def _spare(model: PreTrainedModel, size: int) -> int:
     """How many places to add so that low-precision products on a CPU come in few sizes.
 
-    oneDNN compiles a kernel for every size it meets, which took longer than the product itself: 3 to 13 ms against 1.
+    oneDNN compiles a kernel for every size it meets, which took longer than the product itself: 2 to 13 ms against 1.
     The added tokens are a segment of their own and nothing reads them.
     """
     low = model.dtype != torch.float32 or torch.is_autocast_enabled("cpu")

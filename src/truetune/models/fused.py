@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from itertools import chain, repeat
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from truetune.adapters.lora import projection_group
 from truetune.models.attention import AttentionSettings, row
-from truetune.models.families import DecoderParts, groups
+from truetune.models.families import DecoderParts
+from truetune.ops import buffers
 from truetune.ops.attention import rotary_segment_attention
-from truetune.ops.projection import Gated, project
+from truetune.ops.frozen import FrozenWeight
+from truetune.ops.projection import Gated, Group, project
 from truetune.ops.rng import current_keys, keyed, keys_in_force
 
 Recompute = Literal["none", "cheap", "full"]
@@ -44,31 +49,36 @@ class FusedLayer:
         columns = packed.columns if self.is_last else None
         if self.again and torch.is_grad_enabled():
             keys = current_keys(hidden_states.shape[1], hidden_states.device)
+            is_again = chain((False,), repeat(True))
             return checkpoint(
-                self._keyed, keys, hidden_states, rotary, packed.lengths, columns,
+                self._keyed, is_again, keys, hidden_states, rotary, packed.lengths, columns,
                 use_reentrant=False, preserve_rng_state=False,
             )  # fmt: skip
         return self._forward(hidden_states, rotary, packed.lengths, columns)
 
-    def _keyed(self, keys: Tensor, *args: Any) -> Tensor:
+    def _keyed(self, is_again: Iterator[bool], keys: Tensor, *args: Any) -> Tensor:
         """The backward runs this a second time, when the counters of the tokens are no longer those in force."""
         with keyed(keys):
-            return self._forward(*args)
+            return self._forward(*args, is_again=next(is_again))
 
     def _forward(
-        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], lengths: tuple[int, ...], columns: Tensor | None
+        self,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        lengths: tuple[int, ...],
+        columns: Tensor | None,
+        *,
+        is_again: bool = False,
     ) -> Tensor:
         parts, x = self.parts, hidden[0]
-        qkv, _, _, _ = groups(parts, len(x))
-        assert qkv is not None
-        flat = project(qkv, x, source=parts.input_norm, keep=self.keep)
+        flat = project(_group(x, parts.q, parts.k, parts.v), x, source=parts.input_norm, keep=self.keep)
         q, k, v = (y.view(len(x), -1, parts.head_dim) for y in flat)
         mixed = self._attend(q, k, v, rotary, lengths)
         if columns is None:
-            return self._rest(x, mixed)[None]
+            return self._rest(x, mixed, is_again)[None]
         keys = keys_in_force()
         with keyed(None if keys is None else keys[columns]):
-            return self._rest(x[columns], mixed[columns])[None]
+            return self._rest(x[columns], mixed[columns], is_again)[None]
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, rotary: tuple[Tensor, Tensor], lengths: tuple[int, ...]
@@ -82,16 +92,44 @@ class FusedLayer:
         )
         return mixed.flatten(1)
 
-    def _rest(self, x: Tensor, mixed: Tensor) -> Tensor:
-        """What follows the attention, row by row."""
+    def _rest(self, x: Tensor, mixed: Tensor, is_again: bool) -> Tensor:
+        """What follows the attention, row by row; when it is computed again, nobody reads what it ends in."""
         parts = self.parts
-        _, o, gate_up, down = groups(parts, len(x))
-        assert o is not None
-        assert gate_up is not None
-        assert down is not None
-        (x,) = project(o, mixed, residual=x)
-        gate, up = project(gate_up, x, source=parts.mlp_norm, keep=self.keep)
-        return project(down, gate, up, source=Gated(parts.activation), residual=x, keep=self.keep)[0]
+        (x,) = project(_group(x, parts.o), mixed, residual=x)
+        gate, up = project(_group(x, parts.gate, parts.up), x, source=parts.mlp_norm, keep=self.keep)
+        down = _without_products(_group(x, parts.down)) if is_again else _group(x, parts.down)
+        (x,) = project(down, gate, up, source=Gated(parts.activation), residual=x, keep=self.keep)
+        return x
+
+
+def _group(x: Tensor, *modules: nn.Module) -> Group:
+    """Projections of the rows of x as one node; that they can be one is what made the layer's parts its parts."""
+    group = projection_group(modules, len(x))
+    assert group is not None
+    return group
+
+
+@dataclass(frozen=True)
+class _Unread:
+    """A frozen weight whose outputs nobody reads: they are not computed."""
+
+    own: FrozenWeight
+
+    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[n, in] -> [n, out], with whatever the memory holds."""
+        return buffers.empty(len(x), self.own.out_features, x.dtype, x.device)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.own, name)
+
+
+def _without_products(group: Group) -> Group:
+    """A magnitude's gradient does read the product."""
+    unread = (
+        replace(p, weight=cast(FrozenWeight, _Unread(p.weight))) if p.magnitude is None else p
+        for p in group.projections
+    )
+    return replace(group, projections=tuple(unread))
 
 
 class Recomputed:

@@ -12,13 +12,17 @@ import transformers
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from truetune.checkpoint.side_files import FETCHED, NOT_FETCHED
+from truetune.config.quant import QuantRecipe
 from truetune.errors import ConfigError, ModelError
 from truetune.models.names import check_config, needs_code, only_local
 from truetune.models.names import is_local as is_local
 from truetune.models.names import model_folder as model_folder
+from truetune.models.quantised import check_dense_files, load_quantised, method_of, quantization_fields, stored_recipe
+from truetune.models.quantised import dense_config as dense_config
 from truetune.models.weights import check_weights
 from truetune.models.weights import fingerprint as fingerprint
 from truetune.models.weights import weight_hash as weight_hash
+from truetune.quant.replace import replace
 
 DEFAULT_LENGTH = 2048  # tokens of an example, where neither the user nor the model sets a lower limit
 
@@ -51,29 +55,50 @@ def load_config(name: str, *, revision: str | None = None) -> Any:
     return config
 
 
+def check_readable(name: str, config: Any) -> QuantRecipe | None:
+    """How a base's weights are stored quantised, by what its config says; None for dense ones.
+
+    Raises:
+        ModelError: in a form that is not bitsandbytes', naming it.
+    """
+    fields = quantization_fields(config)
+    if not fields:
+        return None
+    if method_of(fields) == "bitsandbytes":
+        return stored_recipe(config)
+    raise ModelError(
+        f"--model: the weights of {name} are quantised ({method_of(fields) or 'unnamed'}, by its quantization_config)",
+        ("because", "quantised checkpoints are read in bitsandbytes' formats: int8, nf4, fp4"),
+        ("way out", "pass the unquantised base that it was made from, with --quant nf4 or int8 if memory is short"),
+    )
+
+
 def check_dense(name: str, config: Any) -> None:
-    """Refuse a base whose weights are stored quantised, by what its config says.
+    """Refuse a base whose weights are stored quantised.
 
     Raises:
         ModelError: naming the kind of quantisation.
     """
-    settings = getattr(config, "quantization_config", None)
-    settings = settings or getattr(config.get_text_config(), "quantization_config", None)
-    if not settings:
-        return
-    fields = settings if isinstance(settings, dict) else vars(settings)
-    kind = fields.get("quant_method") or fields.get("quant_algo") or "quantized"
-    raise ModelError(
-        f"--model: the weights of {name} are quantised ({getattr(kind, 'value', kind)}, by its quantization_config)",
-        ("because", "this version does not read quantised checkpoints"),
-        ("way out", "pass the unquantised base that it was made from"),
-    )
+    if recipe := check_readable(name, config):
+        raise ModelError(
+            f"--model: the weights of {name} are quantised ({recipe}), and this needs dense ones",
+            ("way out", "pass the unquantised base that it was made from"),
+        )
 
 
 def checkpoint_dtype(config: Any) -> torch.dtype:
     """The dtype a checkpoint says it is stored in; float32 when it says nothing."""
     dtype = getattr(config, "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def storage_dtype(setting: str, config: Any) -> torch.dtype:
+    """What ``--dtype`` says for a checkpoint that is written, not computed with: ``auto`` keeps its own."""
+    if setting != "auto":
+        found = getattr(torch, setting)
+        assert isinstance(found, torch.dtype)
+        return found
+    return checkpoint_dtype(config)
 
 
 def load_model(
@@ -83,21 +108,45 @@ def load_model(
     device: str = "cpu",
     revision: str | None = None,
     config: Any = None,
+    quant: QuantRecipe | None = None,
     warn: Callable[[str], None] | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model for training or inference, in ``eval`` mode.
 
     Args:
+        quant: pack the linear layers like this while they are read; a checkpoint that is packed already stays so.
         warn: told about tensors of the checkpoint that the model has no place for.
     Raises:
         ModelError: not found, unreadable, quantised, code needed, or a checkpoint whose tensors do not fit the model.
     """
     config = config if config is not None else load_config(name, revision=revision)
-    check_dense(name, config)
+    stored = check_readable(name, config)
+    if stored and quant:
+        raise ConfigError(f"--quant {quant.kind}: {name} is quantised already ({stored})", ("way out", "leave it out"))
+    if recipe := stored or quant:
+        folder = local_copy(name, revision=revision)
+        check_weights(folder)
+        if quant:
+            check_dense_files(folder)
+        with explained(name), quiet():
+            model, info = load_quantised(folder, config, recipe, dtype=dtype, is_packed=stored is not None)
+            _cap_scores(model)
+    else:
+        model, info = _load_dense(name, config, dtype, revision)
+    _check_complete(name, info)
+    if warn and (unused := sorted(map(str, info.get("unexpected_keys", ())))):
+        warn(f"{len(unused)} tensors in {name} are not used, its config.json has no place for them: {_few(unused, 4)}")
+    model.to(device)
+    model.eval()
+    return model
+
+
+def _load_dense(name: str, config: Any, dtype: torch.dtype, revision: str | None) -> tuple[PreTrainedModel, Any]:
     folder = name
     if is_local(name):
         folder = str(model_folder(name))
         check_weights(Path(folder))
+        check_dense_files(Path(folder))
     with explained(name), quiet():
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -110,12 +159,7 @@ def load_model(
             **_NO_CODE,
         )
         _cap_scores(model)
-    _check_complete(name, info)
-    if warn and (unused := sorted(map(str, info.get("unexpected_keys", ())))):
-        warn(f"{len(unused)} tensors in {name} are not used, its config.json has no place for them: {_few(unused, 4)}")
-    model.to(device)
-    model.eval()
-    return model
+    return model, info
 
 
 def save_model(model: PreTrainedModel, folder: Path) -> None:
@@ -130,6 +174,15 @@ def skeleton(config: Any, *, dtype: torch.dtype) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()
     return model
+
+
+def plan_quantised(model: PreTrainedModel, recipe: QuantRecipe, *, dtype: torch.dtype) -> None:
+    """Give a skeleton the layers that loading with this recipe would give the model.
+
+    Raises:
+        QuantizationError: a name of ``recipe.skip`` that no layer has.
+    """
+    replace(model, recipe, dtype=dtype)
 
 
 def _cap_scores(model: PreTrainedModel) -> None:

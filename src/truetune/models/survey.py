@@ -110,12 +110,14 @@ def _alone(model: PreTrainedModel, layers: Sequence[nn.Module], texts: Sequence[
     keep = core and core.register_forward_hook(
         lambda *call: hidden.append(getattr(call[2], "last_hidden_state", call[2])[0])
     )
-    for text in texts:
-        with _traced(layers) as trace:
-            scores.append(model(input_ids=text[None], use_cache=False).logits[0])
-        traces.append(trace)
-    if keep:
-        keep.remove()
+    try:
+        for text in texts:
+            with _traced(layers) as trace:
+                scores.append(model(input_ids=text[None], use_cache=False).logits[0])
+            traces.append(trace)
+    finally:
+        if keep:
+            keep.remove()
     if not all(len(t.inputs) == len(t.outputs) == len(layers) for t in traces) or not layers:
         return _Trace([], [], hidden), torch.cat(scores)
     inputs, outputs = (

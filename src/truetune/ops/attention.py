@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from truetune.ops import dispatch
 from truetune.ops.native import attention as native
-from truetune.ops.native.attention import Rule
+from truetune.ops.native.attention import Heads, Rule
 from truetune.ops.native.library import Library
 
 
@@ -34,8 +34,8 @@ def segment_attention(
         k, v: [1, kv_heads, T, d]; heads is a multiple of kv_heads.
         lengths: tokens of each segment, summing to T.
         scale: default 1 / sqrt(d).
-        window: a token sees itself and the ``window - 1`` before it.
-        softcap: scores become ``c · tanh(scores / c)`` (Gemma 2, arXiv:2408.00118).
+        window: a token sees itself and the ``window - 1`` before it; None or 0 for all before it.
+        softcap: scores become ``c · tanh(scores / c)`` (Gemma 2, arXiv:2408.00118); None or 0 leaves them.
         dropout: share of the attention weights that is dropped; the native kernel has none.
     Returns:
         [1, heads, T, d] in the dtype of ``q``.
@@ -116,7 +116,7 @@ class _Native(torch.autograd.Function):
         q, k, v = (native.by_token(t) for t in (q, k, v))
         if cos is not None and sin is not None:
             cos, sin = cos.contiguous(), sin.to(cos.dtype).contiguous()
-        out, lse = native.forward(library, rule, q, k, v, cos, sin)
+        out, lse = native.forward(library, Heads(q, k, v, cos, sin), rule=rule)
         ctx.library, ctx.rule = library, rule
         ctx.save_for_backward(q, k, v, out, lse, cos, sin)
         return out
@@ -126,7 +126,8 @@ class _Native(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, cos, sin = ctx.saved_tensors
         ctx.library.use_threads(torch.get_num_threads())
-        grads = native.backward(ctx.library, ctx.rule, dout, q, k, v, out, lse, cos, sin)
+        heads = Heads(q, k, v, cos, sin)
+        grads = native.backward(ctx.library, heads, rule=ctx.rule, dout=dout, out=out, lse=lse)
         wanted = ctx.needs_input_grad[2:5]
         return (None, None, *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), None, None)
 
@@ -149,7 +150,7 @@ def _rule(
 ) -> Rule:
     if sum(lengths) != tokens or min(lengths, default=0) < 0:
         raise ValueError(f"the segments have {sum(lengths)} tokens in all, the tensors {tokens}")
-    return Rule(tuple(lengths), dim**-0.5 if scale is None else scale, window, softcap)
+    return Rule(tuple(lengths), dim**-0.5 if scale is None else scale, window or None, softcap or None)
 
 
 def _by_segment(q: Tensor, k: Tensor, v: Tensor, rule: Rule, dropout: float = 0.0) -> Tensor:

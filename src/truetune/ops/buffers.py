@@ -11,8 +11,9 @@ somebody still holds.
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ _NUMPY = {torch.float32: np.float32, torch.bfloat16: np.uint16}
 _Key = tuple[int, torch.dtype]
 
 _rows: dict[_Key, int] = defaultdict(int)  # room of the blocks of a kind
+_scratch = threading.local()
 _free: dict[_Key, list[np.ndarray[Any, Any]]] = defaultdict(list)
 
 
@@ -58,10 +60,26 @@ def empty_like(x: Tensor) -> Tensor:
     return empty(x.shape[:-1].numel(), x.shape[-1], x.dtype, x.device).view(x.shape)
 
 
+def scratch(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[rows, columns], contiguous: the same memory at every call from this thread, to be used up before the next.
+
+    For weights that are made dense, multiplied with and forgotten: one buffer, as large as the largest.
+    """
+    if device.type != "cpu":
+        return torch.empty(rows, columns, dtype=dtype, device=device)
+    room = cast("dict[torch.dtype, Tensor]", _scratch.__dict__)
+    count = rows * columns
+    if dtype not in room or room[dtype].numel() < count:
+        room[dtype] = torch.empty(0, dtype=dtype)  # the old one goes before the new one comes
+        room[dtype] = torch.empty(count, dtype=dtype)
+    return room[dtype][:count].view(rows, columns)
+
+
 def release() -> None:
     """Give all free blocks back to the C library."""
     _free.clear()
     _rows.clear()
+    _scratch.__dict__.clear()
 
 
 def _bytes(key: _Key) -> int:

@@ -20,6 +20,25 @@ class FrozenWeight(Protocol):
     Values only: whoever calls writes the backward.
     """
 
+    @property
+    def out_features(self) -> int:
+        """Rows of W."""
+
+    @property
+    def in_features(self) -> int:
+        """Columns of W."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What ``x`` and ``g`` come in, and what the products are in."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+
+    def dense(self) -> Tensor:
+        """W as [out, in]; a weight that is stored in another form gives memory that its next call writes over."""
+
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """[n, in] -> [n, out]: x Wᵀ + bias."""
 
@@ -35,9 +54,28 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
+class OwnsFrozenWeight(Protocol):
+    """A linear layer that keeps its weight in a form of its own, such as 4-bit codes."""
+
+    def frozen_weight(self) -> FrozenWeight:
+        """Its weight, as adapters see it."""
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a linear map that an adapter can stand beside."""
-    return isinstance(module, nn.Linear) or is_conv1d(module)
+    return isinstance(module, nn.Linear) or is_conv1d(module) or hasattr(module, "frozen_weight")
+
+
+def frozen_weight(module: nn.Module) -> FrozenWeight:
+    """The weight of a linear layer, whatever form it is stored in."""
+    if hasattr(module, "frozen_weight"):
+        return cast(OwnsFrozenWeight, module).frozen_weight()
+    return FrozenLinear.of(module)
+
+
+def has_plain_products(module: nn.Module) -> bool:
+    """Whether a layer computes ``x Wᵀ + b`` and nothing else; a subclass of ``nn.Linear`` may do more."""
+    return type(module) is nn.Linear or is_conv1d(module) or hasattr(module, "frozen_weight")
 
 
 @dataclass(frozen=True)
@@ -62,8 +100,18 @@ class FrozenLinear:
         """Columns of W."""
         return self.weight.shape[0 if self.transposed else 1]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weight's own."""
+        return self.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The weight's own."""
+        return self.weight.device
+
     def dense(self) -> Tensor:
-        """W as [out, in], in its own dtype; a view where it can be one."""
+        """W as [out, in], in its own dtype; a view."""
         return self.weight.T if self.transposed else self.weight
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:

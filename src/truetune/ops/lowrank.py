@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+_ROWS = 1024  # of a weight that are wide at a time
+_EXACT, _SPARE, _ITERATIONS = 1024, 16, 8
+
 
 def scale(alpha: float, rank: int, *, rank_stabilised: bool) -> float:
     """s = alpha / r, or alpha / sqrt(r) when rank-stabilised (Kalajdzievski 2023, arXiv:2312.03732)."""
@@ -53,3 +56,62 @@ def fold(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
     return torch.add(weight.to(wide), b.to(wide) @ a.to(wide), alpha=scale).to(weight.dtype)
+
+
+def squared_rows(weight: Tensor) -> Tensor:
+    """[out, ...] -> [out]: the sum of the squares of each row, in float32 (float64 for float64).
+
+    Some rows at a time, so that a bf16 weight is never whole in float32.
+    """
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    parts = [rows.to(wide).square().flatten(1).sum(1) for rows in weight.split(_ROWS)]
+    return torch.cat(parts) if parts else weight.new_zeros(0, dtype=wide)
+
+
+def row_norms(squares: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """|W + s B A| of every row, without forming the sum: |W|² + 2 s (W Aᵀ) · B + s² B (A Aᵀ) · B.
+
+    The denominator of DoRA (Liu et al. 2024, arXiv:2402.09353, equation 5); never negative, and 0 for a row of zeros.
+
+    Args:
+        squares: [out], ``squared_rows(weight)``, which a frozen weight has once and for all.
+        weight: [out, in], any floating dtype; its product with Aᵀ, [out, r], is in that dtype.
+        a: [r, in], float32.
+        b: [out, r], float32.
+    Returns:
+        [out] in the dtype of ``squares``.
+    """
+    wide = squares.dtype
+    a, b = a.to(wide), b.to(wide)
+    across = (weight @ a.T.to(weight.dtype)).to(wide).mul_(b).sum(1)
+    own = (b @ (a @ a.T)).mul_(b).sum(1)
+    return (squares + 2 * scale * across + scale * scale * own).clamp_min_(0).sqrt_()
+
+
+def best(matrix: Tensor, rank: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """The nearest product of that rank, as B [out, r] and A [r, in] that share its singular values evenly.
+
+    B A is the sum of the largest singular triples (Eckart & Young 1936); a large matrix's are found by iterating on a
+    random subspace (Halko et al. 2011, arXiv:0909.4061, algorithm 4.4), exactly enough for a start to train from.
+
+    Args:
+        matrix: [out, in], any floating dtype.
+        generator: draws the subspace.
+    """
+    wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    if min(wide.shape) <= _EXACT or 4 * rank > min(wide.shape):
+        u, s, v = torch.linalg.svd(wide, full_matrices=False)
+    else:
+        u, s, v = _large_triples(wide, rank + _SPARE, generator)
+    root = s[:rank].sqrt()
+    return u[:, :rank] * root, root[:, None] * v[:rank]
+
+
+def _large_triples(matrix: Tensor, count: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
+    """U [out, count], S and Vᵀ [count, in] of about the largest singular triples."""
+    draw = torch.randn(matrix.shape[1], count, generator=generator).to(matrix)
+    basis = torch.linalg.qr(matrix @ draw).Q
+    for _ in range(_ITERATIONS):
+        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
+    u, s, v = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
+    return basis @ u, s, v

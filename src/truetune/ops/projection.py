@@ -1,11 +1,15 @@
 """Frozen projections of one input, each with a low-rank path beside it, as one node of the graph.
 
-    y_i = W_i x + b_i + s_i B_i A_i drop(x)        (Hu et al. 2021, arXiv:2106.09685, section 4)
+    y_i = g_i ∘ (W_i x + s_i B_i A_i drop(x)) + b_i + c_i
+
+Without the factor g this is LoRA (Hu et al. 2021, arXiv:2106.09685, section 4); with one number per output it is DoRA
+(Liu et al. 2024, arXiv:2402.09353), g = m / |W + s B A|. c is a trained bias.
 
 Frozen weights need two products per token, not three, and nothing but x for the gradients of A and B. So x is kept
 once for all projections that read it, the A_i are stacked into one thin product, and the low-rank part is added into
 the base's output. Where x comes from something cheap (a norm, a gated activation), that is a ``Source``: its own
-inputs are kept, and x is computed again in the backward.
+inputs are kept, and x is computed again in the backward. The gradient of g needs what g multiplied: it is read off the
+output, which who comes after this node keeps anyway.
 """
 
 from __future__ import annotations
@@ -25,13 +29,26 @@ from truetune.ops.frozen import FrozenWeight
 
 @dataclass(frozen=True)
 class Projection:
-    """One frozen map, and its low-rank path if it has one."""
+    """One frozen map, and what is trained beside it."""
 
     weight: FrozenWeight
     bias: Tensor | None = None  # [out], frozen
     a: Tensor | None = None  # [r, in], trained
     b: Tensor | None = None  # [out, r], trained
     scale: float = 1.0
+    magnitude: Tensor | None = None  # [out], trained: the factor g; where it is exactly 0 it gets no gradient
+    shift: Tensor | None = None  # [out], trained, added to the output
+
+    @property
+    def learned(self) -> tuple[Tensor, ...]:
+        """What gets a gradient, in the order in which the node takes it."""
+        return tuple(t for t in (self.a, self.b, self.magnitude, self.shift) if t is not None)
+
+    def constant(self, dtype: torch.dtype) -> Tensor | None:
+        """Computes b + c, [out]."""
+        if self.shift is None:
+            return self.bias
+        return (self.shift if self.bias is None else self.shift + self.bias).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -41,17 +58,30 @@ class Group:
     Attributes:
         keys: [n] int64, the counters that the mask derives from; None where nothing is dropped.
         site: tells the masks of different groups apart.
+        drops_base: what a magnitude adds to W x is of the dropped input as well, y = W x + (g - 1) ∘ W drop(x) + …, as
+            PEFT defines DoRA's dropout; that takes a second product with W, forwards and backwards.
     """
 
     projections: tuple[Projection, ...]
     dropout: float = 0.0
     keys: Tensor | None = None
     site: int = 0
+    drops_base: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the products, and so of x."""
+        return self.projections[0].weight.dtype
 
     @property
     def adapted(self) -> list[int]:
         """The projections that have a low-rank path."""
         return [i for i, p in enumerate(self.projections) if p.a is not None]
+
+    @property
+    def twice(self) -> bool:
+        """Whether W is multiplied with the dropped input as well."""
+        return self.drops_base and self.keys is not None and any(p.magnitude is not None for p in self.projections)
 
     def drop(self, x: Tensor) -> Tensor:
         """The low-rank paths' input; of a gradient, its backward."""
@@ -65,7 +95,7 @@ class Source(Protocol):
         """``(x, what the backward needs beside the inputs)``."""
 
     def backward(self, g: Tensor, memo: Tensor | None, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """The inputs' gradients."""
+        """The inputs' gradients, given that of x [n, in], which nobody reads afterwards: it may be overwritten."""
 
 
 class Plain:
@@ -130,11 +160,11 @@ def project(
     Returns:
         One [n, out] per projection, in the dtype of x.
     """
-    low_rank = [t for i in group.adapted for t in (group.projections[i].a, group.projections[i].b)]
+    learned = [t for p in group.projections for t in p.learned]
     call = _Call(group, source, len(inputs), residual is not None, keep)
     assert residual is None or len(group.projections) == 1
     extra = () if residual is None else (residual,)
-    outputs: tuple[Tensor, ...] = _Project.apply(call, *inputs, *extra, *low_rank)  # type: ignore[no-untyped-call]
+    outputs: tuple[Tensor, ...] = _Project.apply(call, *inputs, *extra, *learned)  # type: ignore[no-untyped-call]
     return outputs
 
 
@@ -146,18 +176,33 @@ class _Call:
     has_residual: bool
     keep: bool
 
-    def stacked(self, low_rank: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-        """A's of all adapted projections, [R, in], and s B of each, [out, r]: cast from their masters once."""
-        a = torch.cat([t.to(dtype) for t in low_rank[0::2]]) if len(low_rank) > 2 else low_rank[0].to(dtype)
-        scales = [self.group.projections[i].scale for i in self.group.adapted]
-        return a, [(t * s).to(dtype) for t, s in zip(low_rank[1::2], scales, strict=True)]
+    def cast(self, dtype: torch.dtype) -> list[Tensor]:
+        """A's of all adapted projections, [R, in], then s B of each, [out, r]: cast from their masters once."""
+        pairs = [(p.a, p.b, p.scale) for p in self.group.projections if p.a is not None and p.b is not None]
+        if not pairs:
+            return []
+        stacked = [a.to(dtype) for a, _, _ in pairs]
+        return [torch.cat(stacked) if len(pairs) > 1 else stacked[0], *((b * s).to(dtype) for _, b, s in pairs)]
 
-    def outputs(self, x: Tensor, h: Sequence[Tensor], scaled_b: Sequence[Tensor]) -> list[Tensor]:
-        """W x + b + (s B) h of each projection."""
-        result = [p.weight.matmul(x, p.bias) for p in self.group.projections]
-        for i, low, b in zip(self.group.adapted, h, scaled_b, strict=True):
-            result[i] = result[i].addmm_(low, b.T)
-        return result
+    def output(self, p: Projection, x: Tensor, low: Tensor, h: Tensor | None, b: Tensor | None) -> _Output:
+        """One projection of x [n, in], where ``low`` is drop(x), ``h`` is A drop(x) and ``b`` is s B."""
+        if p.magnitude is None:
+            y = p.weight.matmul(x, p.constant(x.dtype))
+            return _Output(y if h is None or b is None else y.addmm_(h, b.T))
+        scaled = p.weight.matmul(low if self.group.twice else x)
+        scaled = scaled if h is None or b is None else scaled.addmm_(h, b.T)
+        if self.group.twice:
+            y = p.weight.matmul(x - low, p.constant(x.dtype))
+            return _Output(y.add_(_times(scaled, p.magnitude)), scaled)
+        scaled = _times(scaled, p.magnitude, into=scaled)
+        constant = p.constant(x.dtype)
+        return _Output(scaled if constant is None else scaled + constant, scaled)
+
+
+@dataclass(frozen=True)
+class _Output:
+    y: Tensor
+    scaled: Tensor | None = None  # g ∘ (W x + s B A x); of a group that drops the base's input, without g
 
 
 class _Project(torch.autograd.Function):
@@ -165,19 +210,23 @@ class _Project(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
-        inputs, rest = tensors[: call.inputs], tensors[call.inputs :]
-        low_rank = rest[1:] if call.has_residual else rest
+        inputs, group = tensors[: call.inputs], call.group
         x, memo = call.source.forward(*inputs)
-        a, scaled_b, h = x, list[Tensor](), list[Tensor]()
-        if low_rank:
-            a, scaled_b = call.stacked(low_rank, x.dtype)
-            h = _split(call.group.drop(x) @ a.T, scaled_b)
-        outputs = call.outputs(x, h, scaled_b)
+        cast, h = call.cast(x.dtype), list[Tensor]()
+        low = group.drop(x) if cast or group.twice else x
+        if cast:
+            h = _split(low @ cast[0].T, cast[1:])
+        paths = dict(zip(group.adapted, zip(h, cast[1:], strict=True), strict=True))
+        found = [call.output(p, x, low, *paths.get(i, (None, None))) for i, p in enumerate(group.projections)]
+        outputs = [each.y for each in found]
         if call.has_residual:
-            outputs[0] += rest[0]
+            outputs[0] = outputs[0] + tensors[call.inputs] if found[0].scaled is outputs[0] else outputs[0].add_(
+                tensors[call.inputs]
+            )  # fmt: skip
         ctx.call = call
-        kept = (x if low_rank else None, memo) if call.keep else ()
-        ctx.save_for_backward(*inputs, *kept, *([a, *scaled_b, *h] if low_rank else []))
+        kept = (x if cast else None, memo) if call.keep else ()
+        scaled = [each.scaled for each in found if each.scaled is not None]
+        ctx.save_for_backward(*inputs, *kept, *cast, *h, *scaled)
         return tuple(outputs)
 
     @staticmethod
@@ -185,18 +234,46 @@ class _Project(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
         tensors = ctx.saved_tensors  # asked for once: a recomputing checkpoint hands them out only once
-        inputs, rest = tensors[: call.inputs], tensors[call.inputs :]
+        inputs, rest = tensors[: call.inputs], list(tensors[call.inputs :])
         wants_x, count = any(ctx.needs_input_grad[1 : 1 + call.inputs]), len(call.group.adapted)
         if call.keep:
             (x, memo), rest = rest[:2], rest[2:]
         else:
             x, memo = call.source.forward(*inputs)
-        dh, of_low_rank = None, list[Tensor]()
-        if count:
-            dh, of_low_rank = _low_rank_backward(call, grads, x, rest[1 : 1 + count], rest[1 + count :])
-        dx = _input_gradient(call, grads, dh, rest[0] if count else None) if wants_x else None
+        a, rest = (rest[0], rest[1:]) if count else (None, rest)
+        scaled_b, h, scaled = rest[:count], rest[count : 2 * count], rest[2 * count :]
+        inner, of_magnitude = _through_magnitudes(call.group, grads, scaled)
+        dh, of_low_rank = _low_rank_backward(call.group, inner, x, scaled_b, h) if count else (None, [])
+        dx = _input_gradient(call.group, grads, inner, dh, a) if wants_x else None
         of_inputs = call.source.backward(dx, memo, *inputs) if dx is not None else (None,) * call.inputs
-        return (None, *of_inputs, *([grads[0]] if call.has_residual else []), *of_low_rank)
+        of_learned = _in_order(call.group, of_low_rank, of_magnitude, grads)
+        return (None, *of_inputs, *([grads[0]] if call.has_residual else []), *of_learned)
+
+
+def _times(u: Tensor, magnitude: Tensor, into: Tensor | None = None) -> Tensor:
+    """Computes g ∘ u, [n, out], as u + (g - 1) ∘ u: a DoRA's g is near 1, where bf16 is coarse, and g - 1 is not."""
+    out = buffers.empty_like(u) if into is None else into
+    return torch.addcmul(u, u, (magnitude - 1).to(u.dtype), out=out)
+
+
+def _through_magnitudes(
+    group: Group, grads: Sequence[Tensor], scaled: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """``(the gradients of what the magnitudes multiply, all projections'; those of the magnitudes [out])``.
+
+    dg = Σ dy ∘ u, where u is kept as g ∘ u.
+    """
+    inner, of_magnitude, left = list[Tensor](), list[Tensor](), iter(scaled)
+    for p, g in zip(group.projections, grads, strict=True):
+        if p.magnitude is None:
+            inner.append(g)
+            continue
+        total = torch.mul(g, next(left), out=buffers.empty_like(g)).sum(0)
+        if not group.twice:
+            total = torch.where(p.magnitude == 0, 0, total / p.magnitude)
+        of_magnitude.append(total)
+        inner.append(_times(g, p.magnitude))
+    return inner, of_magnitude
 
 
 def _split(h: Tensor, scaled_b: Sequence[Tensor]) -> list[Tensor]:
@@ -207,24 +284,50 @@ def _split(h: Tensor, scaled_b: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _low_rank_backward(
-    call: _Call, grads: Sequence[Tensor], x: Tensor, scaled_b: Sequence[Tensor], h: Sequence[Tensor]
+    group: Group, grads: Sequence[Tensor], x: Tensor, scaled_b: Sequence[Tensor], h: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
     """``(dh [n, R]; dA and dB of each adapted projection)``: dh = g s B, dA = dhᵀ drop(x), dB = s gᵀ h."""
-    of_adapted = [grads[i] for i in call.group.adapted]
+    of_adapted = [grads[i] for i in group.adapted]
     parts = [g @ b for g, b in zip(of_adapted, scaled_b, strict=True)]
     dh = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-    of_a = torch.split(dh.T @ call.group.drop(x), [b.shape[1] for b in scaled_b])
-    scales = [call.group.projections[i].scale for i in call.group.adapted]
+    of_a = torch.split(dh.T @ group.drop(x), [b.shape[1] for b in scaled_b])
+    scales = [group.projections[i].scale for i in group.adapted]
     of_b = [(low.T @ g).T * s for g, low, s in zip(of_adapted, h, scales, strict=True)]
     return dh, [t for pair in zip(of_a, of_b, strict=True) for t in pair]
 
 
-def _input_gradient(call: _Call, grads: Sequence[Tensor], dh: Tensor | None, a: Tensor | None) -> Tensor:
-    """dx = Σ g_i W_i + drop(dh A)."""
+def _input_gradient(
+    group: Group, grads: Sequence[Tensor], inner: Sequence[Tensor], dh: Tensor | None, a: Tensor | None
+) -> Tensor:
+    """dx = Σ inner_i W_i + drop(dh A), where ``inner`` are the gradients of what the magnitudes multiply."""
     dx: Tensor | None = None
-    for p, g in zip(call.group.projections, grads, strict=True):
+    for p, g in zip(group.projections, grads if group.twice else inner, strict=True):
         dx = p.weight.matmul_t(g, into=dx)
     assert dx is not None
     if dh is None or a is None:
-        return dx
-    return dx.addmm_(dh, a) if call.group.keys is None else dx.add_(call.group.drop(dh @ a))
+        return dx.add_(group.drop(_of_dropped(group, grads, inner))) if group.twice else dx
+    if group.keys is None:
+        return dx.addmm_(dh, a)
+    return dx.add_(group.drop(_of_dropped(group, grads, inner).addmm_(dh, a) if group.twice else dh @ a))
+
+
+def _of_dropped(group: Group, grads: Sequence[Tensor], inner: Sequence[Tensor]) -> Tensor:
+    """Σ (inner_i - dy_i) W_i: what the second products with W hand back to the dropped input."""
+    dx: Tensor | None = None
+    for p, g, scaled in zip(group.projections, grads, inner, strict=True):
+        if p.magnitude is not None:
+            dx = p.weight.matmul_t(scaled - g, into=dx)
+    assert dx is not None
+    return dx
+
+
+def _in_order(
+    group: Group, of_low_rank: Sequence[Tensor], of_magnitude: Sequence[Tensor], grads: Sequence[Tensor]
+) -> list[Tensor]:
+    """The gradients of what is learned, as ``Projection.learned`` lists it."""
+    low_rank, magnitude, found = iter(of_low_rank), iter(of_magnitude), list[Tensor]()
+    for p, g in zip(group.projections, grads, strict=True):
+        found += [next(low_rank), next(low_rank)] if p.a is not None else []
+        found += [next(magnitude)] if p.magnitude is not None else []
+        found += [g.sum(0)] if p.shift is not None else []
+    return found

@@ -7,15 +7,15 @@ from collections.abc import Mapping
 import torch
 from torch.nn import Parameter
 
+from truetune.optim.groups import parameter_groups
 
-def adamw(parameters: Mapping[str, Parameter], *, lr: float, weight_decay: float) -> torch.optim.AdamW:
+
+def adamw(
+    parameters: Mapping[str, Parameter], *, lr: float, weight_decay: float, lora_plus_ratio: float = 1.0
+) -> torch.optim.AdamW:
     """torch's fused AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), betas (0.9, 0.999), eps 1e-8.
 
-    Matrices decay; biases and norms (one dimension) do not.
+    What decays, and what learns faster, is as in ``parameter_groups``.
     """
-    decayed = [p for p in parameters.values() if p.ndim > 1]
-    plain = [p for p in parameters.values() if p.ndim <= 1]
-    groups = [
-        {"params": params, "weight_decay": decay} for params, decay in ((decayed, weight_decay), (plain, 0.0)) if params
-    ]
+    groups = parameter_groups(parameters, weight_decay=weight_decay, lora_plus_ratio=lora_plus_ratio)
     return torch.optim.AdamW(groups, lr=lr, fused=True)

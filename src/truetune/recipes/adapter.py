@@ -6,7 +6,9 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from truetune.adapters.files import AdapterFile
+from truetune.config.quant import QuantRecipe
 from truetune.errors import AdapterError
+from truetune.export.onto import recipe_of
 from truetune.models import load
 
 
@@ -57,6 +59,18 @@ def check_base(file: AdapterFile, model: str, folder: Path | None, *, allow_othe
             ("found", model),
             way_out,
         )
+
+
+def packing_remark(file: AdapterFile, here: QuantRecipe | None) -> str | None:
+    """What to say where a base is packed otherwise than while its adapter was trained: answers differ by that."""
+    if "quantisation" not in file.card:
+        return None
+    trained = recipe_of(file.card)
+    one, other = (str(recipe) if recipe else "dense" for recipe in (trained, here))
+    if one == other:
+        return None
+    flags = f": --quant {trained.kind}{' --double-quant' if trained.double else ''}" if trained and not here else ""
+    return f"the adapter was trained on {one} weights, and these are {other}{flags and flags + ' packs them as then'}"
 
 
 def _may_be_the_same(one: str, other: str) -> bool:

@@ -19,7 +19,7 @@ from truetune.generate.answer import Sampling, answer
 from truetune.models import load
 from truetune.models.precision import choose_device, choose_precision
 from truetune.models.tokenizer import ChatTokenizer
-from truetune.recipes.adapter import check_base
+from truetune.recipes.adapter import check_base, packing_remark
 from truetune.train.log import Screen
 
 
@@ -107,12 +107,14 @@ def load_speaker(config: GenerateConfig, screen: Screen) -> Speaker:
     if file is not None:
         base = load.local_copy(config.model, revision=config.revision)
         check_base(file, config.model, base, allow_other=config.allow_other_base)
+        if remark := packing_remark(file, load.check_readable(config.model, model_config) or config.recipe()):
+            screen.note(remark)
     card = file.card if file else {}
     template = _template(config.template, card, tokenizer, screen)
     precision = choose_precision(config.dtype, load.checkpoint_dtype(model_config), device=device)
     model = load.load_model(
         config.model, dtype=precision.storage, device=device, revision=config.revision, config=model_config,
-        warn=screen.warn,
+        quant=config.recipe(), warn=screen.warn,
     )  # fmt: skip
     if file is not None:
         files.load(model, file)

@@ -85,15 +85,13 @@ def _has_template(path: Path) -> bool:
 
 def _adapter(path: Path) -> dict[str, Any]:
     file = files.read(path)
-    card, lora = file.card, file.lora
+    card, config = file.card, file.settings
     return {
         "kind": "adapter",
-        "method": "lora",
+        "method": config.kind,
         "base": file.config.get("base_model_name_or_path"),
-        "rank": lora.rank,
-        "alpha": lora.alpha,
-        "targets": list(lora.targets),
-        "trainable": [*lora.trainable, *(file.config.get("modules_to_save") or ())],
+        **config.model_dump(mode="json", exclude={"trainable"}, exclude_defaults=config.kind != "lora"),
+        "trainable": [*config.trainable, *(file.config.get("modules_to_save") or ())],
         "tensors": len(file.tensors),
         "parameters": sum(t.numel() for t in file.tensors.values()),
         "size_mb": round(sum(t.numel() * t.element_size() for t in file.tensors.values()) / 1e6, 2),

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 from truetune.adapters import files
-from truetune.checkpoint.tensors import open_index
 from truetune.config.merge import MergeConfig
+from truetune.config.quant import QuantRecipe
 from truetune.config.resolve import Resolved
 from truetune.data.template import with_default_system
 from truetune.errors import ModelError
-from truetune.export.fold import fold
 from truetune.export.merge import merge_checkpoint
+from truetune.export.new_folder import check_out
+from truetune.export.quantize import quantize_checkpoint
 from truetune.models import load
 from truetune.recipes.adapter import check_base
+from truetune.recipes.merge_plan import plan_merge
 from truetune.train.log import Screen
 from truetune.train.memory import peak_mb
 
@@ -23,39 +27,71 @@ from truetune.train.memory import peak_mb
 def run(resolved: Resolved[MergeConfig]) -> dict[str, Any]:
     """Merge as the config says; returns what ``--json`` prints."""
     config, screen = resolved.config, Screen()
-    load.check_dense(config.model, load.load_config(config.model, revision=config.revision))
     base = load.local_copy(config.model, revision=config.revision)
     file = files.read(Path(config.adapter).expanduser())
     check_base(file, config.model, base, allow_other=config.allow_other_base)
     model_config = load.load_config(str(base))
-    model = load.skeleton(model_config, dtype=load.checkpoint_dtype(model_config))
-    files.load(model, file)
-    changes = fold(model, file, open_index(base), prefix=model.base_model_prefix)
+    plan = plan_merge(config, file, base, model_config)
+    changes = plan.changes
     screen.say("merge", f"{config.adapter} → {config.model}: {len(changes.edits)} tensors change")
     if file.card and file.card.get("template", "") is None:
         screen.note("the adapter was trained on bare text, without a chat template; one that the base has stays with "
                     "the model, which was not trained on it: generate --template none")  # fmt: skip
-    if changes.config:
+    if "tie_word_embeddings" in changes.config:
         screen.note("the head was tied to the embedding table; the adapter changed one of the two, so both are written")
+    out = Path(config.out).expanduser()
+    recipe = config.recipe()
+    check_out(base, out)
+    dense = out if recipe is None else out.with_name(f".{out.name}.{os.getpid()}.dense")
     with screen.bar("writing") as progress:
         report = merge_checkpoint(
             base,
-            Path(config.out).expanduser(),
+            dense,
             changes.edits,
+            drop=plan.drop,
             config_updates=changes.config,
             extra_files=_extra_files(base, file),
             max_shard_bytes=int(config.max_shard_gb * 1e9),
             progress=progress,
         )
+    if recipe:
+        _pack(dense, out, recipe, config, screen)
     screen.say("done", f"{config.out}: {report.nbytes / 1e6:,.0f} MB, {report.edited + report.added} tensors changed, "
                f"{report.copied} copied as they are · peak {peak_mb():,.0f} MB")  # fmt: skip
+    if plan.drift:
+        screen.note(f"the packed layers are within {plan.drift.relative:.2%} of the model as it was trained "
+                    f"(merged onto the {plan.onto} weights)")  # fmt: skip
     return {
         "out": config.out,
+        "onto": plan.onto,
+        "drift": plan.drift.relative if plan.drift else None,
         "changed": report.edited + report.added,
         "copied": report.copied,
         "bytes": report.nbytes,
         "peak_mb": round(peak_mb(), 1),
     }
+
+
+def _pack(dense: Path, out: Path, recipe: QuantRecipe, config: MergeConfig, screen: Screen) -> None:
+    """Pack the merged model, and remove the dense one that was written on the way."""
+    try:
+        model_config = load.load_config(str(dense))
+        dtype = load.checkpoint_dtype(model_config)
+        model = load.skeleton(model_config, dtype=dtype)
+        with screen.bar("packing") as progress:
+            report = quantize_checkpoint(
+                dense,
+                out,
+                model,
+                recipe,
+                dtype=dtype,
+                max_shard_bytes=int(config.max_shard_gb * 1e9),
+                progress=progress,
+            )
+    finally:
+        shutil.rmtree(dense, ignore_errors=True)
+    screen.note(f"packed again ({recipe}): {report.nbytes / 1e6:,.0f} MB, which changed the merged weights by "
+                f"{report.relative_error:.1%} of their norm")  # fmt: skip
 
 
 def _extra_files(base: Path, file: files.AdapterFile) -> dict[str, bytes | Path]:

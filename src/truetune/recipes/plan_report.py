@@ -5,26 +5,29 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from truetune.adapters.inject import attach
+from truetune.adapters.inject import tune
+from truetune.adapters.partial import at_once
 from truetune.checkpoint.atomic import write_text
+from truetune.config.adapter import AdapterConfig
+from truetune.config.methods import METHODS
+from truetune.config.other_methods import Lisa
+from truetune.config.quant import QuantRecipe
 from truetune.data.pack import group
 from truetune.data.plan import StepPlan
 from truetune.errors import ModelError, NonFiniteError
 from truetune.models import load
-from truetune.models.families import decoder_parts
 from truetune.models.layers import decoder_layers
 from truetune.models.precision import name_of
 from truetune.ops.probe import gemm_rate
+from truetune.recipes.memory_plan import MemoryPlan, copied_mb, memory_plan
 from truetune.recipes.setup import Setup
-from truetune.train.estimate import Estimate, count_parameters, estimate_memory, flops_per_token, text_shape
+from truetune.train.estimate import count_parameters, flops_per_token, text_shape
 from truetune.train.log import Screen
-from truetune.train.memory import available_mb, resident_mb
+from truetune.train.memory import available_mb
 from truetune.train.step import NonFiniteStepError
 
 # Share of the measured matrix rate that a whole step reaches; the rest is attention, norms and memory traffic.
 _STEP_EFFICIENCY = 0.3
-# Share of the free memory that a plan may count on.
-_FITS = 0.9
 # Attention of one short example in one layer, forward and backward, on two cores.
 _SECONDS_PER_SEGMENT = 0.001
 
@@ -32,33 +35,45 @@ _SECONDS_PER_SEGMENT = 0.001
 def outline(setup: Setup, screen: Screen) -> dict[str, Any]:
     """Print what will be trained on what, and return it. Targets are resolved on an empty model, so that a typo
     costs no loading."""
-    config, prepared = setup.config, setup.prepared
+    config = setup.config
     _check_vocabulary(setup)
     _say_data(setup, screen)
     model = load.skeleton(setup.model_config, dtype=setup.precision.storage)
     base, _ = count_parameters(model)
-    sites = attach(model, config.lora(), seed=config.seed).sites if config.method == "lora" else ()
-    if config.method == "full":
-        model.requires_grad_(True)
+    if recipe := stored_as(setup):
+        load.plan_quantised(model, recipe, dtype=setup.precision.storage)
+    copied = copied_mb(setup, model) if config.max_memory else None
+    sites = tune(model, config.adapter(), seed=config.seed)
+    with at_once(model, config.adapter(), seed=config.seed):
+        return _planned(setup, model, screen, base=base, sites=len(sites), copied=copied)
+
+
+def _planned(
+    setup: Setup, model: Any, screen: Screen, *, base: int, sites: int, copied: float | None
+) -> dict[str, Any]:
+    """The part of the outline that depends on what is trained at the same time."""
+    config, prepared = setup.config, setup.prepared
     everything, trained = count_parameters(model)
-    _say_model(setup, screen, base=base, trained=trained, sites=len(sites))
+    _say_model(setup, screen, base=base, trained=trained, sites=sites)
     plan = StepPlan.build(
         prepared.train, batch_size=config.batch_size, micro_tokens=default_micro_tokens(setup), seed=config.seed,
         packing=config.packing is not False, epochs=config.epochs, max_steps=config.max_steps,
     )  # fmt: skip
     share = prepared.report["trained_tokens"] / max(1, prepared.report["tokens"])
     available = available_mb(setup.device)
-    recompute, estimate = _memory(setup, model, plan, share, available)
+    memory = memory_plan(
+        setup, model, micro_tokens=_micro_tokens(plan), share=share, available=available, copied=copied
+    )
+    estimate = memory.estimate
     seconds = _seconds(setup, plan, everything, share)
     screen.say(
         "plan",
         f"{plan.steps} steps of {config.batch_size} examples · about {_duration(seconds)} · "
-        f"peak {estimate.total / 1e3:.1f} GB" + (f" of {available / 1e3:.0f} GB free" if available is not None else ""),
+        f"peak {estimate.total / 1e3:.1f} GB" + _of(config.max_memory, available),
     )
     if available is not None and estimate.total > available:
         screen.warn("this may not fit in memory: lower --micro-tokens or --max-length, or take a smaller model")
-    elif recompute == "full" and config.recompute == "auto":
-        screen.note("whole layers are computed again in the backward: keeping their parts would not fit in memory")
+    _say_memory(memory, screen, layers=len(decoder_layers(model)))
     return {
         "steps": plan.steps,
         "examples": plan.total,
@@ -67,27 +82,28 @@ def outline(setup: Setup, screen: Screen) -> dict[str, Any]:
         "rows": {name: prepared.report[name] for name in ("read", "used", "rejected")},
         "parameters": base,
         "trainable_parameters": trained,
-        "recompute": recompute,
+        **memory.facts(),
         "memory_mb": {"weights": round(estimate.weights), "trained": round(estimate.trained),
                       "activations": round(estimate.activations), "peak": round(estimate.total)},
         "seconds": round(seconds, 1),
     }  # fmt: skip
 
 
-def _memory(setup: Setup, model: Any, plan: StepPlan, share: float, available: float | None) -> tuple[str, Estimate]:
-    """What the backward computes again, and the memory that this leaves to need; ``auto`` keeps what fits."""
-    layers = decoder_layers(model)
-    fused = setup.precision.autocast is None and bool(layers) and all(map(decoder_parts, layers))
-    asked = setup.config.recompute
-    for recompute in ("cheap", "full") if asked == "auto" else (asked,):
-        estimate = estimate_memory(
-            model, setup.model_config, storage=setup.precision.storage, trained_share=share,
-            micro_tokens=min(plan.micro_tokens, _step_tokens(plan)), process=resident_mb(setup.device),
-            fused=fused and setup.config.packing is not False, recompute=recompute,
-        )  # fmt: skip
-        if available is None or estimate.total < _FITS * available:
-            break
-    return recompute, estimate
+def _of(limit: str | None, available: float | None) -> str:
+    """What a plan's peak is measured against."""
+    if limit is not None:
+        return f" of {limit} allowed"
+    return f" of {available / 1e3:.0f} GB free" if available is not None else ""
+
+
+def _say_memory(memory: MemoryPlan, screen: Screen, *, layers: int) -> None:
+    if memory.full_layers:
+        screen.note(
+            f"{memory.full_layers} of {layers} layers are computed again in the backward: keeping their parts would "
+            "not fit in memory"
+        )
+    if memory.streamed:
+        screen.note("base streamed from disk, 2 layers in memory at a time")
 
 
 def _check_vocabulary(setup: Setup) -> None:
@@ -150,6 +166,25 @@ def explain_non_finite(error: NonFiniteStepError, setup: Setup) -> NonFiniteErro
     )
 
 
+def describe_method(config: AdapterConfig, sites: int | None = None) -> str:
+    """The settings that matter most, in a few words."""
+    own = {name: getattr(config, name) for name in ("rank", "alpha", "virtual_tokens") if hasattr(config, name)}
+    words = {"rank": "r {}", "alpha": "alpha {:g}", "virtual_tokens": "{} virtual tokens"}
+    facts = ", ".join(words[name].format(value) for name, value in own.items())
+    if isinstance(config, Lisa):
+        return (
+            f"{config.lisa_layers} layers at a time beside embeddings and head, drawn every {config.lisa_every} steps"
+        )
+    if METHODS[config.kind].result == "model":
+        return "weights of the base"
+    return " ".join(filter(None, (facts, f"on {sites} layers" if sites else "")))
+
+
+def stored_as(setup: Setup) -> QuantRecipe | None:
+    """How the base's linear layers are packed: by the checkpoint, or by ``--quant``."""
+    return load.check_readable(setup.config.model, setup.model_config) or setup.config.recipe()
+
+
 def _say_data(setup: Setup, screen: Screen) -> None:
     report = setup.prepared.report
     rejected = sum(report["rejected"].values())
@@ -180,8 +215,15 @@ def _say_model(setup: Setup, screen: Screen, *, base: int, trained: int, sites: 
         f"{config.model}  {_count(base)}, {name_of(storage)} ({setup.precision.reason})"
         + (f", products in {name_of(products)}" if products not in (None, storage) else ""),
     )
-    how = f"r {config.rank}, alpha {config.alpha:g} on {sites} layers" if sites else "every weight"
+    if recipe := stored_as(setup):
+        screen.note(f"its linear layers in {recipe}; the head, embeddings and norms as they are")
+    how = describe_method(config.adapter(), sites)
     screen.say("method", f"{config.method}  {how} · {_count(trained)} trained ({trained / base:.1%})")
+
+
+def _micro_tokens(plan: StepPlan) -> int:
+    """Tokens of the largest micro-batch; a row is never cut."""
+    return min(max(plan.micro_tokens, int(plan.data.lengths.max())), _step_tokens(plan))
 
 
 def _step_tokens(plan: StepPlan) -> int:
@@ -192,9 +234,7 @@ def _step_tokens(plan: StepPlan) -> int:
 
 def _seconds(setup: Setup, plan: StepPlan, parameters: int, share: float) -> float:
     tokens = plan.total * float(setup.prepared.train.lengths.float().mean())
-    flops = flops_per_token(
-        setup.model_config, parameters, trained_share=share, trains_base=setup.config.method == "full"
-    )
+    flops = flops_per_token(setup.model_config, parameters, trained_share=share, trains_base=setup.config.trains_model)
     rate = gemm_rate(setup.precision.autocast or setup.precision.storage, setup.device) * 1e9 * _STEP_EFFICIENCY
     # Attention runs example by example, and a step costs some time to hand out however little it computes.
     segments = plan.total * text_shape(setup.model_config)["layers"] * _SECONDS_PER_SEGMENT

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import truetune
+from truetune.adapters.inject import settle
 from truetune.checkpoint.atomic import atomic_folder, sha256, write_text
 from truetune.checkpoint.run_state import Progress, read_progress, write_trained
 from truetune.data.sources import find_files
@@ -16,6 +18,7 @@ from truetune.eval.perplexity import Evaluation
 from truetune.models import load
 from truetune.recipes import run_report
 from truetune.recipes.adapter import base_name, describe_base
+from truetune.recipes.plan_report import stored_as
 from truetune.recipes.setup import Setup
 from truetune.train.log import Screen
 from truetune.train.memory import peak_mb
@@ -27,7 +30,8 @@ def finish(
     """Write everything a run ends with, and say where it is."""
     out = setup.folder.path
     card = make_card(setup, progress, evaluation)
-    if setup.config.method == "lora":
+    if not setup.config.trains_model:
+        settle(model)
         with atomic_folder(out / "adapter", manifest=False) as folder:
             write_trained(model, folder, base=base_name(setup.config.model), card=card)
             _lift(folder / "adapter", folder)
@@ -54,7 +58,7 @@ def finish(
 def finished(setup: Setup, *, steps: int) -> dict[str, Any] | None:
     """What ``finish`` returned, when the run resumed has nothing left to do and its result is there; else None."""
     checkpoint, out = setup.folder.checkpoint, setup.folder.path
-    where = out / ("adapter" if setup.config.method == "lora" else "model")
+    where = out / ("model" if setup.config.trains_model else "adapter")
     if checkpoint is None or not (out / "report.md").is_file() or not (where / "truetune.json").is_file():
         return None
     progress = read_progress(checkpoint)
@@ -103,7 +107,7 @@ def make_card(setup: Setup, progress: Progress, evaluation: Evaluation | None) -
         "date": setup.prepared.date,
         # Only stop tokens that were really trained; the tokenizer may know more.
         "stop_ids": sorted(set(setup.prepared.train.ends().tolist()) & setup.tokenizer.stop_ids),
-        "quantisation": None,
+        "quantisation": _quantisation(setup),
         "data": {"files": {f: sha256(Path(f)) for f in find_files(config.data)}, **setup.prepared.report},
         "metrics": {
             "steps": progress.step,
@@ -121,6 +125,12 @@ def make_card(setup: Setup, progress: Progress, evaluation: Evaluation | None) -
             **{name: version(name) for name in ("torch", "transformers", "safetensors")},
         },
     }
+
+
+def _quantisation(setup: Setup) -> dict[str, Any] | None:
+    """How the base was stored while the adapter was trained on it."""
+    recipe = stored_as(setup)
+    return None if recipe is None else asdict(recipe)
 
 
 def _write_model(setup: Setup, model: Any, path: Path, card: dict[str, Any]) -> Path:

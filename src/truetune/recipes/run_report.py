@@ -8,6 +8,8 @@ from statistics import median
 from typing import Any
 
 from truetune.checkpoint.atomic import writing
+from truetune.config.methods import METHODS
+from truetune.recipes.plan_report import describe_method
 from truetune.recipes.setup import Setup
 
 
@@ -20,8 +22,7 @@ def report(setup: Setup, card: dict[str, Any], losses: dict[str, list[tuple[int,
         "",
         f"- base: `{config.model}`"
         + (f", weights {card['base']['weights_sha256'][:12]}" if card["base"]["weights_sha256"] else ""),
-        f"- method: {config.method}"
-        + (f", r {config.rank}, alpha {config.alpha:g}" if config.method == "lora" else ""),
+        f"- method: {config.method}, {describe_method(config.adapter())}",
         f"- data: {', '.join(config.data)}; {data['read']:,} rows read, {data['used']:,} used, rejected: {rejected}",
         f"- tokens: {data['tokens']:,} in the data, {data['trained_tokens']:,} of them trained",
         f"- template: {card['template']['name'] if card['template'] else 'none (plain text)'}",
@@ -36,11 +37,10 @@ def report(setup: Setup, card: dict[str, Any], losses: dict[str, list[tuple[int,
         "",
         "```",
     ]
-    if config.method == "lora":
-        lines += [
-            f"truetune generate --model {config.model} --adapter {where} --prompt '…'",
-            f"truetune merge --model {config.model} --adapter {where} --out merged",
-        ]
+    if not config.trains_model:
+        lines.append(f"truetune generate --model {config.model} --adapter {where} --prompt '…'")
+        if METHODS[config.method].mergeable:
+            lines.append(f"truetune merge --model {config.model} --adapter {where} --out merged")
     else:
         lines.append(f"truetune generate --model {where} --prompt '…'")
     return "\n".join([*lines, "```", ""])

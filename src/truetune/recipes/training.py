@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from truetune.adapters.inject import attach
+from truetune.adapters.inject import tune
+from truetune.adapters.methods import trained_parts
 from truetune.checkpoint import run_state
 from truetune.checkpoint.run_state import Progress
 from truetune.config.resolve import Resolved
@@ -26,15 +27,17 @@ from truetune.models.survey import survey
 from truetune.models.tokenizer import ChatTokenizer
 from truetune.ops import dispatch
 from truetune.ops.allocator import keep_freed_memory, trim
-from truetune.optim.adamw import adamw
+from truetune.optim import choose
 from truetune.optim.schedule import Schedule, warmup_steps
-from truetune.recipes import plan_report, result, resume
+from truetune.recipes import memory_plan, plan_report, result, resume
 from truetune.recipes.data import Prepared
+from truetune.recipes.method_hooks import method_hooks
 from truetune.recipes.run_folder import locked, open_run, start, write_json
 from truetune.recipes.setup import Setup
 from truetune.train.log import RunLog, Screen
 from truetune.train.loop import Run, train
-from truetune.train.step import NonFiniteStepError
+from truetune.train.neftune import NoisyLoss
+from truetune.train.step import Loss, NonFiniteStepError
 
 Prepare = Callable[..., Prepared]
 
@@ -62,15 +65,15 @@ def run_training(resolved: Resolved[Any], prepare: Prepare, *, screen: Screen | 
         device=setup.device,
         revision=setup.config.revision,
         config=setup.model_config,
+        quant=setup.config.recipe(),
         warn=screen.warn,
     )
-    if setup.config.method == "lora":
-        attach(model, setup.config.lora(), seed=setup.config.seed)
-    with locked(setup.folder):
+    tune(model, setup.config.adapter(), seed=setup.config.seed)
+    with locked(setup.folder), memory_plan.streamed(setup, model, is_streamed=outline["streamed"]):
         start(setup.folder, resolved)
         write_rejects(setup.folder.path / "data" / "rejects.jsonl", setup.prepared.rejects)
-        plan, way = _plan(setup, model, outline["recompute"], screen)
-        with forward.prepared(way, recompute=outline["recompute"]):
+        plan, way = _plan(setup, model, outline, screen)
+        with forward.prepared(way, recompute=outline["recompute"], full_layers=outline["full_layers"]):
             progress, evaluation = _train(setup, way, plan, screen)
         return result.finish(setup, model, progress, evaluation, screen=screen, seconds=time.perf_counter() - began)
 
@@ -78,9 +81,12 @@ def run_training(resolved: Resolved[Any], prepare: Prepare, *, screen: Screen | 
 def _set_up(resolved: Resolved[Any], prepare: Prepare, screen: Screen) -> Setup:
     config: TrainConfig = resolved.config
     device = choose_device(config.device)
+    memory_plan.check_device(config, device)
     folder = open_run(resolved, screen)
     model_config = load.load_config(config.model, revision=config.revision)
-    load.check_dense(config.model, model_config)
+    stored = load.check_readable(config.model, model_config)
+    if stored and config.trains_model:
+        load.check_dense(config.model, model_config)
     tokenizer = ChatTokenizer.load(config.model, revision=config.revision)
     max_length = load.usable_length(model_config, config.max_length)
     facts = resume.facts_of(folder.checkpoint)
@@ -89,7 +95,7 @@ def _set_up(resolved: Resolved[Any], prepare: Prepare, screen: Screen) -> Setup:
         facts.get("compute", config.dtype),
         load.checkpoint_dtype(model_config),
         device=device,
-        trains="base" if config.method == "full" else "parts" if config.trainable else "adapter",
+        trains="base" if config.trains_model else "parts" if trained_parts(config.adapter()) else "adapter",
         because="as this run was started" if "compute" in facts else "as asked",
     )
     now = {
@@ -111,7 +117,7 @@ def _base_identity(model: str, model_config: Any) -> str | None:
     return getattr(model_config, "_commit_hash", None)
 
 
-def _plan(setup: Setup, model: Any, recompute: str, screen: Screen) -> tuple[StepPlan, forward.Path]:
+def _plan(setup: Setup, model: Any, outline: dict[str, Any], screen: Screen) -> tuple[StepPlan, forward.Path]:
     config, facts = setup.config, setup.facts
     resumed = "packing" in facts
     packing = facts.get("packing", config.packing)
@@ -127,7 +133,8 @@ def _plan(setup: Setup, model: Any, recompute: str, screen: Screen) -> tuple[Ste
     fused = len(found.fusable) if packing else 0
     screen.note(f"kernels: {dispatch.describe()} · {fused} of {len(decoder_layers(model))} layers fused")
     micro = facts.get("micro_tokens") or config.micro_tokens or plan_report.default_micro_tokens(setup)
-    setup.facts.update(packing=packing, micro_tokens=micro, recompute=recompute)
+    setup.facts.update(packing=packing, micro_tokens=micro, max_memory=config.max_memory)
+    setup.facts.update({name: outline[name] for name in ("recompute", "full_layers", "streamed")})
     plan = StepPlan.build(
         setup.prepared.train, batch_size=config.batch_size, micro_tokens=micro, packing=packing, seed=config.seed,
         epochs=config.epochs, max_steps=config.max_steps,
@@ -139,7 +146,11 @@ def _train(setup: Setup, way: forward.Path, plan: StepPlan, screen: Screen) -> t
     config, prepared, model = setup.config, setup.prepared, way.model
     write_json(setup.folder.path / "data" / "report.json", prepared.report | {"packing_fill": plan_report.fill(plan)})
     parameters = run_state.trained_state(model)
-    optimizer = adamw(parameters, lr=config.peak_lr, weight_decay=config.weight_decay)
+    optimizer = choose.optimizer(
+        config.optim, parameters, lr=config.peak_lr, weight_decay=config.weight_decay, steps=plan.steps,
+        lora_plus_ratio=config.lora_plus_ratio,
+    )  # fmt: skip
+    hooks = method_hooks(model, config.adapter(), optimizer, seed=config.seed, steps=plan.steps)
     progress = Progress(facts=setup.facts)
     if setup.folder.checkpoint:
         restored = resume.restore(setup.folder.path, setup.folder.checkpoint, model, optimizer, screen)
@@ -160,7 +171,7 @@ def _train(setup: Setup, way: forward.Path, plan: StepPlan, screen: Screen) -> t
     run = Run(
         plan=plan,
         schedule=Schedule(config.peak_lr, plan.steps, warmup, config.schedule),
-        loss_of=way.loss,
+        loss_of=_training_loss(config, way),
         parameters=list(parameters.values()),
         optimizer=optimizer,
         autocast=autocast,
@@ -172,6 +183,7 @@ def _train(setup: Setup, way: forward.Path, plan: StepPlan, screen: Screen) -> t
         out_of_memory=lambda tokens: _say_smaller(setup, tokens, screen),
         save=lambda p: _save(setup, model, optimizer, p),
         log=log,
+        hooks=hooks,
     )
     model.train()
     try:
@@ -185,6 +197,12 @@ def _train(setup: Setup, way: forward.Path, plan: StepPlan, screen: Screen) -> t
     if prepared.held_out and not last:  # the result is the best state, or there was no step left to do
         held_out()
     return progress, last[0] if last else None
+
+
+def _training_loss(config: TrainConfig, way: forward.Path) -> Loss:
+    """The loss as it is trained; evaluations go by ``way.scores``, which no noise reaches."""
+    alpha = config.neftune_alpha
+    return NoisyLoss(way.loss, way.model.get_input_embeddings(), alpha) if alpha else way.loss
 
 
 def _say_smaller(setup: Setup, tokens: int, screen: Screen) -> None:

@@ -13,6 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from truetune.models.layers import decoder_layers
+from truetune.optim.choose import state_bytes
+from truetune.quant.base import QuantLinear
+
 # What oneDNN keeps of the kernels it compiles for low-precision products on a CPU, one per size it meets.
 KERNELS_MB = 120.0
 # Logits of a chunk and what its softmax needs beside them.
@@ -25,7 +29,7 @@ class Estimate:
 
     process: float  # what the process holds before a model is loaded
     weights: float
-    trained: float  # parameters, gradients and AdamW's two moments, float32
+    trained: float  # parameters and gradients in float32, and the optimizer's state
     activations: float  # kept for the backward, and in use at its busiest moment
 
     @property
@@ -50,6 +54,10 @@ def estimate_memory(
     process: float,
     fused: bool,
     recompute: str,
+    full_layers: int = 0,
+    streamed: bool = False,
+    copied: float = 0.0,
+    optim: str = "adamw",
 ) -> Estimate:
     """Peak memory of training ``model`` (which may be on the meta device).
 
@@ -60,19 +68,44 @@ def estimate_memory(
         process: MB held before a model is loaded.
         fused: the layers are computed from fused parts.
         recompute: ``none``, ``cheap`` or ``full``.
+        full_layers: of the others the first so many are computed again whole.
+        streamed: the base stays on disk, but for two layers at a time, or its largest other tensor.
+        copied: MB of a streamed base that have to be in memory all the same.
+        optim: name of the optimizer.
     """
-    everything, trained = count_parameters(model)
+    _, trained = count_parameters(model)
     width = storage.itemsize
     on_cpu = not torch.cuda.is_available()
     shape = text_shape(config)
     layer = _kept_by_layer(shape, fused=fused, keeps_cheap=recompute == "none") * width
     between = shape["hidden"] * width
-    kept = shape["layers"] * between + layer if recompute == "full" else shape["layers"] * layer
+    again = shape["layers"] if recompute == "full" else min(full_layers, shape["layers"])
+    kept = again * between + max(shape["layers"] - again, min(again, 1)) * layer
     busiest = (4 * shape["inner"] + 4 * shape["hidden"]) * width
     logits = trained_share * micro_tokens * shape["vocab"] * width / 1e6
     activations = micro_tokens * (kept + busiest) / 1e6 + min(LOGITS_MB, 2 * logits)
     activations += KERNELS_MB if width < 4 and on_cpu else 0.0
-    return Estimate(process, (everything - trained) * width / 1e6, trained * 16 / 1e6, activations)
+    packed = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    weights = _in_flight(model, width) + copied * 1e6 if streamed else _frozen_bytes(model, width)
+    if packed:  # the largest is made dense for each of its products
+        activations += max(module.in_features * module.out_features for module in packed) * width / 1e6
+    state = state_bytes(optim, (p.numel() for p in model.parameters() if p.requires_grad))
+    return Estimate(process, weights / 1e6, (trained * 8 + state) / 1e6, activations)
+
+
+def _frozen_bytes(module: nn.Module, width: int) -> float:
+    everything, trained = count_parameters(module)
+    packed = [part for part in module.modules() if isinstance(part, QuantLinear)]
+    dense = everything - trained - sum(part.in_features * part.out_features for part in packed)
+    return dense * width + sum(part.packed_bytes for part in packed)
+
+
+def _in_flight(model: nn.Module, width: int) -> float:
+    """Bytes of a streamed base that are in memory at a time: two layers, or a table or head."""
+    layers = decoder_layers(model)
+    inside = {id(p) for layer in layers for p in layer.parameters()}
+    others = (p.numel() for p in model.parameters() if id(p) not in inside and not p.requires_grad)
+    return max([2 * _frozen_bytes(layer, width) for layer in layers] + [size * width for size in others], default=0.0)
 
 
 def _kept_by_layer(shape: Mapping[str, int], *, fused: bool, keeps_cheap: bool) -> int:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch.nn import Parameter
@@ -18,6 +19,7 @@ from truetune.checkpoint.run_state import Progress
 from truetune.data.plan import StepPlan
 from truetune.errors import OutOfMemoryError, StoppedError
 from truetune.optim.schedule import Schedule
+from truetune.train.hooks import Hooks
 from truetune.train.log import RunLog
 from truetune.train.memory import peak_mb
 from truetune.train.step import UNTOUCHED, Loss, NonFiniteStepError, StepResult, accumulate, is_out_of_memory, update
@@ -42,6 +44,7 @@ class Run:
     save: Callable[[Progress], None]
     out_of_memory: Callable[[int], None]  # told the new number of tokens per micro-batch
     log: RunLog
+    hooks: Hooks = field(default_factory=Hooks)
 
 
 def train(run: Run, progress: Progress) -> Progress:
@@ -75,9 +78,14 @@ def train(run: Run, progress: Progress) -> Progress:
 
 def _step(run: Run, progress: Progress) -> Progress:
     step = progress.step  # counted from 0 here, from 1 in the log
-    rate = run.schedule.at(step)
-    result = _accumulated(run, step)
-    norm = update(run.optimizer, run.parameters, lr=rate, clip=run.clip)
+    rate, after = run.schedule.at(step), run.hooks.after_update
+    with run.hooks.around(step):
+        result = _accumulated(run, step)
+        if run.hooks.penalty:
+            run.hooks.penalty().backward()  # type: ignore[no-untyped-call]
+        norm = update(
+            run.optimizer, run.parameters, lr=rate, clip=run.clip, after=partial(after, step) if after else None
+        )
     if not math.isfinite(norm):
         what = f"the gradient is not finite; {UNTOUCHED}"
         raise NonFiniteStepError(what, step=step + 1, examples=run.plan.examples(step))

@@ -78,19 +78,37 @@ def accumulate(
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed; torch has no class of its own for it on the CPU."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        words in str(error) for words in ("can't allocate memory", "not enough memory")  # Linux and macOS; Windows
+    )
 
 
-def update(optimizer: torch.optim.Optimizer, parameters: Iterable[Parameter], *, lr: float, clip: float) -> float:
-    """Clip, step, clear. Returns the gradient's norm before clipping; a norm that is not finite changes nothing."""
+def update(
+    optimizer: torch.optim.Optimizer,
+    parameters: Iterable[Parameter],
+    *,
+    lr: float,
+    clip: float,
+    after: Callable[[], None] | None = None,
+) -> float:
+    """Clip, step, clear.
+
+    Args:
+        lr: of this step; a group with an ``lr_ratio`` has that many times as much.
+        after: called behind the step, while the gradients are there.
+    Returns:
+        The gradient's norm before clipping; one that is not finite changes nothing.
+    """
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = nn.utils.get_total_norm(gradients)
     if bool(torch.isfinite(norm)):
-        if clip:
+        if clip and gradients:
             torch._foreach_mul_(gradients, (clip / (norm + 1e-6)).clamp(max=1.0))
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_ratio", 1.0)
         with threads_for(gradients):
             optimizer.step()
+            if after is not None:
+                after()
     optimizer.zero_grad(set_to_none=True)
     return float(norm)

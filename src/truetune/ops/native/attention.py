@@ -9,6 +9,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from truetune.ops import buffers
 from truetune.ops.native.library import Library
 
 MAX_DIM = 256  # TT_MAX_DIM of heads.h
@@ -47,36 +48,53 @@ class Rule:
     softcap: float | None
 
 
-def forward(
-    library: Library, rule: Rule, q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None
-) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Heads:
+    """What attention reads: on the CPU, q, k and v of one dtype, float32 or bfloat16.
+
+    Attributes:
+        q: [n, heads, d]; k, v: [n, kv_heads, d]; laid out as ``by_token`` gives them.
+        cos, sin: [n, rotary], dense and of one dtype; both None where nothing is turned.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    cos: Tensor | None
+    sin: Tensor | None
+
+
+def forward(library: Library, heads: Heads, *, rule: Rule) -> tuple[Tensor, Tensor]:
     """The mixed values, and what the backward needs of the weights.
 
-    Args:
-        q: [n, heads, d], as are k and v with [n, kv_heads, d]; laid out as ``by_token`` gives them.
-        cos, sin: [n, rotary], dense.
     Returns:
-        [n, heads, d] in the dtype of ``q``, and the log-sum of the weights, [heads, n] float32.
+        [n, heads, d] in the dtype of q, and the log-sum of the weights, [heads, n] float32.
+    Raises:
+        MemoryError: for the kernel's scratch space.
     """
-    out = q.new_empty(q.shape)
-    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
-    call = _call(rule, q, k, v, cos, sin, out=out, lse=lse)
-    _run(library.functions.tt_attention_forward, call)
+    q = heads.q
+    out, lse = _empty_like(q), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+    _run(library.functions.tt_attention_forward, _call(rule, heads, out=out, lse=lse))
     return out, lse
 
 
 def backward(
-    library: Library, rule: Rule, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    cos: Tensor | None, sin: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of q, k and v, dense, in their shapes and dtype."""
-    grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    library: Library, heads: Heads, *, rule: Rule, dout: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v, dense, in their shapes and dtype.
+
+    Args:
+        dout: [n, heads, d] in the dtype of q, the gradient of ``out``.
+        out, lse: from the forward.
+    Raises:
+        MemoryError: for the kernel's scratch space.
+    """
     dout = by_token(dout)
-    names = dict(zip(("dq", "dk", "dv"), grads, strict=True))
-    call = _call(rule, q, k, v, cos, sin, out=out, lse=lse, dout=dout, **names)
+    dq, dk, dv = (_empty_like(t) for t in (heads.q, heads.k, heads.v))
+    call = _call(rule, heads, out=out, lse=lse, dout=dout, dq=dq, dk=dk, dv=dv)
     call.dout_stride = dout.stride(0)
     _run(library.functions.tt_attention_backward, call)
-    return grads
+    return dq, dk, dv
 
 
 def by_token(x: Tensor) -> Tensor:
@@ -84,7 +102,13 @@ def by_token(x: Tensor) -> Tensor:
     return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
 
 
-def _call(rule: Rule, q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, **more: Tensor) -> _Call:
+def _empty_like(x: Tensor) -> Tensor:
+    """[n, heads, d], dense. A row holds all heads of a token, as in the projections, so they can share their blocks."""
+    return buffers.empty(x.shape[0], x.shape[1:].numel(), x.dtype, x.device).view(x.shape)
+
+
+def _call(rule: Rule, heads: Heads, **more: Tensor) -> _Call:
+    q, k, v, cos, sin = heads.q, heads.k, heads.v, heads.cos, heads.sin
     edges = list(accumulate(rule.lengths, initial=0))
     tensors = {"q": q, "k": k, "v": v, **more}
     call = _Call(**{name: tensor.data_ptr() for name, tensor in tensors.items()})

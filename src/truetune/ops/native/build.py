@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -18,6 +19,8 @@ from pathlib import Path
 import torch
 
 from truetune.config.cache import cache_folder
+
+_log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "c"
 _FLAGS = (
@@ -67,7 +70,7 @@ INSTRUCTION_SETS = (
 
 
 def built(isa: InstructionSet, *, afresh: bool = False) -> Path:
-    """The shared library for one instruction set, compiled if it is not in the cache yet.
+    """The shared library for one instruction set, compiled if it is not in the cache yet, which is logged.
 
     Args:
         afresh: compile even if it is there.
@@ -81,6 +84,7 @@ def built(isa: InstructionSet, *, afresh: bool = False) -> Path:
     made_of = [version, platform.machine(), *flags, *(text for path in _files() for text in (path.name, _text(path)))]
     path = cache_folder() / "native" / f"{hashlib.sha256(repr(made_of).encode()).hexdigest()[:24]}.so"
     if afresh or not path.is_file():
+        _log.info("compiling the kernels for this CPU (%s): once, a few seconds", isa.name)
         try:
             _compile([*compiler, *flags], path)
         except OSError as error:

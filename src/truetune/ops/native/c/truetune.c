@@ -15,7 +15,9 @@ TT_API void tt_set_threads(void *gomp_parallel, int32_t threads) {
 }
 
 #include "attention.h"
+#include "blockwise.h"
 #include "cross_entropy.h"
 #include "dropout.h"
 #include "gated.h"
 #include "norm.h"
+#include "optim8bit.h"

@@ -1,0 +1,74 @@
+"""The norms of the rows of W + s B A, which DoRA divides by: kept until A, B or W change.
+
+Told by torch's count of what was written to a tensor, and by where it lies; what writes around that count (through
+``.data``) has to say so with ``torch.autograd.graph.increment_version``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from truetune.ops import lowrank
+
+_State = tuple[object, ...]
+
+
+class RowNorm:
+    """One layer's."""
+
+    def __init__(self) -> None:
+        self._base: tuple[_State, Tensor] | None = None
+        self._whole: tuple[_State, Tensor] | None = None
+
+    def of(
+        self,
+        weight: Callable[[], Tensor],
+        base: nn.Module,
+        trained: Iterable[Tensor],
+        low_rank: Callable[[], tuple[Tensor, Tensor]],
+        scale: float,
+    ) -> Tensor:
+        """|W + s B A|, [out] in float32 (float64 for float64), without a gradient.
+
+        Args:
+            weight: makes W dense, [out, in]; asked only when it is needed.
+            base: the layer that has W.
+            trained: what A and B are made of.
+            low_rank: gives A [r, in] and B [out, r].
+        """
+        frozen = _state(base.parameters(recurse=False))
+        state = (scale, *frozen, *_state(trained))
+        if self._whole is None or self._whole[0] != state:
+            with torch.inference_mode(False), torch.no_grad():
+                dense = weight()
+                if self._base is None or self._base[0] != frozen:
+                    self._base = frozen, lowrank.squared_rows(dense)
+                self._whole = state, lowrank.row_norms(self._base[1], dense, *low_rank(), scale)
+        return self._whole[1]
+
+
+def ratio(magnitude: Tensor, norm: Tensor) -> Tensor:
+    """m / |…|; m itself for a row of zeros, which has no direction and gives 0 whatever it is multiplied by."""
+    return magnitude / torch.where(norm > 0, norm, 1)
+
+
+def rescaled(weight: Tensor, a: Tensor, b: Tensor, scale: float, magnitude: Tensor) -> Tensor:
+    """m / |W + s B A| ∘ (W + s B A), [out, in] in the dtype of ``weight``, rounded once.
+
+    Args:
+        weight: [out, in], any floating dtype. Not modified.
+        a: [r, in].
+        b: [out, r].
+        magnitude: [out].
+    """
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    norm = lowrank.row_norms(lowrank.squared_rows(wide), wide, a, b, scale)
+    factor = ratio(magnitude.to(wide.dtype), norm)
+    return (lowrank.fold(wide, a, b, scale) * factor[:, None]).to(weight.dtype)
+
+
+def _state(tensors: Iterable[Tensor]) -> _State:
+    return tuple((t.data_ptr(), t._version, t.dtype, t.device) for t in tensors)

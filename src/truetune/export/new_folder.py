@@ -1,0 +1,84 @@
+"""A new folder for a model: checked first, filled under another name, and there only when it is complete."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+
+from truetune.checkpoint.disk import require_space, sync, writing
+from truetune.checkpoint.side_files import side_files
+from truetune.errors import ModelError, OutputError
+
+
+def check_out(base: Path, out: Path) -> None:
+    """That ``out`` can be written.
+
+    Raises:
+        OutputError: it is the base, a file, or not empty.
+    """
+    if out.resolve() == base.resolve():
+        raise OutputError(f"{out}: is the base itself", ("way out", "write to a new folder"))
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out}: is a file", ("way out", "write to a new folder"))
+    if out.is_dir() and (there := sorted(path.name for path in out.iterdir())):
+        holds = "already holds a model" if "config.json" in there else "is not empty"
+        found = ", ".join(there[:5]) + (" …" if len(there) > 5 else "")
+        raise OutputError(f"{out}: {holds}", ("found", found), ("way out", "write to a new folder, or remove this one"))
+
+
+def side_contents(
+    base: Path, config_updates: Mapping[str, object], extra_files: Mapping[str, bytes | Path]
+) -> dict[str, bytes | Path]:
+    """What goes beside the weights, by its name in the folder: new contents, or the file to copy."""
+    files: dict[str, bytes | Path] = {path.relative_to(base).as_posix(): path for path in side_files(base)}
+    try:
+        config = json.loads((base / "config.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{base / 'config.json'}: no readable config: {error}") from error
+    if config_updates:
+        updated = {key: value for key, value in {**config, **config_updates}.items() if value is not None}
+        files["config.json"] = (json.dumps(updated, indent=2, ensure_ascii=False) + "\n").encode()
+    for name in extra_files:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or name.startswith("model"):
+            raise ValueError(f"{name!r} is no name for a file beside the weights")
+        if name == "config.json" and config_updates:
+            raise ValueError("config.json is given as a file and updated at once")
+    return files | dict(extra_files)
+
+
+def _write_files(folder: Path, files: Mapping[str, bytes | Path]) -> None:
+    for name, content in files.items():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Contents only: links and modes of a download cache stay behind.
+        source = io.BytesIO(content) if isinstance(content, bytes) else content.open("rb")
+        with source, target.open("xb") as file:
+            shutil.copyfileobj(source, file)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def appearing(out: Path, files: Mapping[str, bytes | Path], needed: int) -> Iterator[Path]:
+    """A folder beside ``out`` with ``files`` in it; takes the name of ``out`` at the end, is removed on any failure."""
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        with writing(out.parent, needed=needed):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            require_space(out.parent, needed)
+            partial.mkdir()
+            _write_files(partial, files)
+        yield partial
+        with writing(out.parent, needed=needed):
+            if out.is_dir():
+                out.rmdir()  # empty, as checked; a rename onto a folder is not allowed everywhere
+            partial.rename(out)
+            sync(out.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

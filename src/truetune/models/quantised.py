@@ -1,0 +1,245 @@
+"""Load a model with a quantised base: packed tensor by tensor while its files are read, or as it was packed before.
+
+The dense parts are views of the files, and one dense weight at a time is in memory to be packed, so the peak is what
+the model has in the end and its largest tensor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, PreTrainedModel
+
+from truetune.checkpoint import mapped
+from truetune.checkpoint.header import TensorEntry
+from truetune.checkpoint.tensors import load, name_in_checkpoint, open_index, weight_files
+from truetune.config.quant import QuantRecipe
+from truetune.errors import ModelError, QuantizationError
+from truetune.quant import bnb_state
+from truetune.quant.base import QuantLinear
+from truetune.quant.replace import linear_layers, quantisable, replace
+
+_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", bnb_state.STATE)
+
+
+def stored_recipe(config: Any) -> QuantRecipe | None:
+    """How a checkpoint is quantised, by its config; None for one that is not, or not by bitsandbytes.
+
+    Raises:
+        ModelError: a setting of it that this version can't follow.
+    """
+    fields = quantization_fields(config)
+    if method_of(fields) != "bitsandbytes":
+        return None
+    skip = tuple(fields.get("llm_int8_skip_modules") or ())
+    if fields.get("load_in_8bit"):
+        if fields.get("llm_int8_has_fp16_weight"):
+            raise ModelError("--model: quantised with llm_int8_has_fp16_weight, which stores no packed weights")
+        threshold = float(fields.get("llm_int8_threshold", 6.0))
+        return QuantRecipe(kind="int8", skip=skip, threshold=threshold, of_checkpoint=True)
+    kind = fields.get("bnb_4bit_quant_type", "fp4")
+    if kind not in ("nf4", "fp4"):
+        raise ModelError(f"--model: bnb_4bit_quant_type {kind!r}", ("expected", "nf4 or fp4"))
+    double = bool(fields.get("bnb_4bit_use_double_quant"))
+    return QuantRecipe(kind=kind, double=double, skip=skip, of_checkpoint=True)
+
+
+def quantization_fields(config: Any) -> dict[str, Any]:
+    """``quantization_config`` of a config; empty where there is none."""
+    settings = getattr(config, "quantization_config", None)
+    settings = settings or getattr(config.get_text_config(), "quantization_config", None) or {}
+    return dict(settings) if isinstance(settings, Mapping) else dict(vars(settings))
+
+
+def method_of(fields: Mapping[str, Any]) -> str:
+    """Who quantised it; old configs of bitsandbytes don't say."""
+    kind = fields.get("quant_method") or fields.get("quant_algo")
+    if not kind and ("load_in_4bit" in fields or "load_in_8bit" in fields):
+        return "bitsandbytes"
+    return str(getattr(kind, "value", kind or ""))
+
+
+class _Lazy:
+    """A tensor that is read when the loader takes it, by the slice that means all of it."""
+
+    def __init__(self, entry: TensorEntry, read: Callable[[TensorEntry], Tensor]) -> None:
+        self.entry, self._read = entry, read
+        self.shape, self.dtype = torch.Size(entry.shape), entry.dtype
+
+    def __getitem__(self, _: Any) -> Tensor:
+        return self._read(self.entry)
+
+    def get_shape(self) -> list[int]:
+        return list(self.entry.shape)
+
+    def is_floating_point(self) -> bool:
+        return self.dtype.is_floating_point
+
+
+def load_quantised(
+    folder: Path, config: Any, recipe: QuantRecipe, *, dtype: torch.dtype, is_packed: bool
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, and what transformers says of the loading.
+
+    Args:
+        dtype: of the dense parts and of the products.
+        is_packed: the files hold packed weights.
+    Raises:
+        ModelError: files that can't be read.
+        QuantizationError: weights that can't be packed, or packed ones that don't fit.
+    """
+    entries = open_index(folder)
+    cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    config = dense_config(config)
+    prefix = cls.base_model_prefix
+    if is_packed:
+        named = _checked_weights(folder, entries, recipe)
+        shapes = dict[str, torch.Size]()
+        state = {name: _lazy(e, named, shapes, dtype) for name, e in entries.items() if not _is_part(name, entries)}
+
+        def prepare(model: PreTrainedModel) -> None:
+            where = {path: name for path, _ in linear_layers(model) if (name := _stored(path, named, prefix))}
+            replace(model, recipe, where, dtype=dtype)
+            for path, name in where.items():
+                layer = model.get_submodule(path)
+                layer.awaits_packed = True
+                shapes[name] = layer.weight.shape
+    else:
+        to_pack = set[str]()
+        state = {name: _Lazy(entry, _reader(to_pack, dtype)) for name, entry in entries.items()}
+
+        def prepare(model: PreTrainedModel) -> None:
+            paths = quantisable(model, recipe)
+            to_pack.update(n for p in paths if (n := name_in_checkpoint(f"{p}.weight", entries, prefix)))
+            replace(model, recipe, paths, dtype=dtype)
+
+    model, info = _from_state(cls, config, state, prepare, dtype)
+    if is_packed:
+        _fill(model, entries, named, prefix)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(folder))
+    model.config.name_or_path = str(folder)
+    return model, info
+
+
+def _from_state(
+    cls: type[PreTrainedModel], config: Any, state: Mapping[str, Any], prepare: Callable[[Any], None], dtype: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Let transformers load, into a model whose linear layers were replaced as soon as it was built."""
+
+    def build(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        cls.__init__(self, config, *args, **kwargs)
+        if type(self) is replaced:
+            prepare(self)
+
+    replaced: Any = type(cls.__name__, (cls,), {"__init__": build, "__module__": cls.__module__})
+    with _one_by_one():
+        model, info = replaced.from_pretrained(
+            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    model.__class__ = cls
+    return model, info
+
+
+@contextlib.contextmanager
+def _one_by_one() -> Iterator[None]:
+    """The loader reads ahead on threads of its own, as much as there is; this variable is its own way to stop that."""
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def dense_config(config: Any) -> Any:
+    """The config without its word on quantisation, which would call for the library that it names."""
+    config = type(config).from_dict(config.to_dict() | {"quantization_config": None})
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def _reader(to_pack: set[str], dtype: torch.dtype) -> Callable[[TensorEntry], Tensor]:
+    """What is packed is read, to be forgotten; what stays as it is, is a view of its file."""
+    return lambda entry: load(entry) if entry.name in to_pack or entry.dtype != dtype else mapped.view(entry)
+
+
+def check_dense_files(folder: Path) -> None:
+    """That no weight in the files is packed, where the config says nothing of it; int8 codes would pass for weights.
+
+    Raises:
+        ModelError: naming what was found.
+    """
+    named = bnb_state.packed_weights(open_index(folder)) if weight_files(folder) else {}
+    if named:
+        name, kind = next(iter(named.items()))
+        raise ModelError(
+            f"--model: {folder} holds packed weights, and its config.json does not say so",
+            ("found", f"{name}, {kind}" + (f", and {len(named) - 1} more" if named.keys() - {name} else "")),
+            ("way out", "the config.json that was written with these weights: it has a quantization_config"),
+        )
+
+
+def _checked_weights(folder: Path, entries: Mapping[str, TensorEntry], recipe: QuantRecipe) -> dict[str, str]:
+    """Name of each packed weight → its kind, which is what the config says."""
+    named = bnb_state.packed_weights(entries)
+    if not named:
+        raise ModelError(
+            f"--model: the config.json of {folder} says {recipe}, and its files hold no packed weight",
+            ("way out", "fetch them again; or remove quantization_config from config.json, if the weights are dense"),
+        )
+    for name, kind in named.items():
+        if kind != recipe.kind:
+            raise QuantizationError(f"{name}: packed as {kind}, and config.json says {recipe.kind}")
+    for name, entry in entries.items():
+        if name.endswith(".weight") and not entry.dtype.is_floating_point and name not in named:
+            parts = "SCB" if entry.dtype == torch.int8 else f"{name}.absmax and {name}{bnb_state.STATE}{recipe.kind}"
+            raise QuantizationError(f"{name}: codes without what they mean", ("missing", parts))
+    return named
+
+
+def _is_part(name: str, entries: Mapping[str, TensorEntry]) -> bool:
+    """Whether a tensor only belongs to a packed weight."""
+    if name.endswith((".SCB", ".weight_format")):
+        return True
+    return any(part in name and name.partition(part)[0] in entries for part in _PARTS)
+
+
+def _lazy(entry: TensorEntry, packed: Mapping[str, str], shapes: Mapping[str, torch.Size], dtype: torch.dtype) -> _Lazy:
+    """A packed weight is filled in afterwards; the loader gets one number, in the shape that it expects."""
+    if entry.name not in packed:
+        return _Lazy(entry, _reader(set(), dtype))
+    return _Lazy(entry, lambda e: torch.zeros((), dtype=dtype).expand(shapes.get(e.name, e.shape)))
+
+
+def _stored(path: str, packed: Mapping[str, str], prefix: str) -> str | None:
+    return name_in_checkpoint(f"{path}.weight", packed, prefix)
+
+
+def _fill(model: PreTrainedModel, entries: Mapping[str, TensorEntry], packed: Mapping[str, str], prefix: str) -> None:
+    left = set(packed)
+    for path, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            name = _stored(path, packed, prefix)
+            assert name is not None
+            stem = name.removesuffix("weight")
+            own = {n.removeprefix(stem): e for n, e in entries.items() if n.startswith(stem) and n != f"{stem}bias"}
+            module.fill({suffix: mapped.view(entry) for suffix, entry in own.items()})
+            module.awaits_packed = False
+            left.discard(name)
+    if left:
+        raise QuantizationError(
+            f"{len(left)} packed weights belong to no linear layer of this model",
+            ("tensors", ", ".join(sorted(left)[:6])),
+        )

@@ -1,0 +1,156 @@
+"""A frozen base that stays on disk: a decoder layer's pages are in memory while it is computed, and no longer.
+
+The tensors are views of the checkpoint's files. Before a layer runs, the system is told to read the next one; after it,
+the layer's pages are let go, and the backward does the same in the reverse order. Nothing is copied and no number
+changes: a page that is needed again comes back from the system's cache, or from the disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from truetune.checkpoint.header import TensorEntry
+from truetune.checkpoint.mapped import Pages, file_mappings, pages_of
+from truetune.checkpoint.tensors import name_in_checkpoint
+from truetune.models.layers import decoder_layers
+from truetune.ops.allocator import trim
+from truetune.quant.base import QuantLinear
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The pages of a base.
+
+    Attributes:
+        layers: of each decoder layer.
+        head: of the output head.
+        outside: of all that is in no layer: embeddings, norms, the head.
+    """
+
+    layers: tuple[Pages, ...]
+    head: Pages
+    outside: Pages
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that lie in files."""
+        return sum(pages.nbytes for pages in (*self.layers, self.outside))
+
+    def enter(self, i: int) -> None:
+        """A forward comes to layer i: what it used before the first layer, or after the last in another pass, goes.
+
+        So does freed memory: the gradients of the step before, and the holes that the optimizer's state was put among.
+        The largest moment is at the head, before there are gradients. Taking it anew costs less than a layer's reading.
+        """
+        if i == 0:
+            self.outside.drop()
+            trim()
+        (self.layers[i + 1] if i + 1 < len(self.layers) else self.head).fetch()
+
+    def leave(self, i: int) -> None:
+        """A forward is through with layer i."""
+        self.layers[i].drop()
+
+    def turn_back(self, i: int) -> None:
+        """A backward comes to layer i: it has left what follows that one."""
+        (self.layers[i + 1] if i + 1 < len(self.layers) else self.outside).drop()
+        if i > 0:
+            self.layers[i - 1].fetch()
+
+    def drop(self) -> None:
+        """Let all of it go."""
+        for pages in (*self.layers, self.outside):
+            pages.drop()
+
+
+def streams_of(model: PreTrainedModel) -> Streams:
+    """Where a model's frozen tensors lie in files; tensors that are trained, or in memory of their own, are left out.
+
+    A frozen tensor that has been written to since it was loaded must not be among them.
+    """
+    mappings, layers, head = file_mappings(), decoder_layers(model), model.get_output_embeddings()
+    found = tuple(pages_of(_frozen(layer), mappings) for layer in layers)
+    inside = {id(module) for layer in layers for module in layer.modules()}
+    others = [t for module in model.modules() if id(module) not in inside for t in _own(module)]
+    return Streams(found, pages_of(_frozen(head) if head else (), mappings), pages_of(others, mappings))
+
+
+@contextlib.contextmanager
+def streamed(model: PreTrainedModel) -> Iterator[Streams]:
+    """Stream the base inside the block; gradients and losses are those of a base in memory, to the bit."""
+    streams = streams_of(model)
+    hooks: list[Any] = []
+    for i, layer in enumerate(decoder_layers(model)):
+        hooks.append(layer.register_forward_pre_hook(partial(_before, streams, i)))
+        hooks.append(layer.register_forward_hook(partial(_after, streams, i)))
+    try:
+        yield streams
+    finally:
+        for hook in hooks:
+            hook.remove()
+        streams.drop()
+
+
+def _before(streams: Streams, i: int, _: nn.Module, args: Any) -> None:
+    streams.enter(i)
+
+
+def _after(streams: Streams, i: int, _: nn.Module, args: Any, output: Any) -> None:
+    streams.leave(i)
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    if hidden.requires_grad:  # the hook runs when the gradient is complete: just before the layer's own backward
+        hidden.register_hook(lambda _: streams.turn_back(i))  # type: ignore[no-untyped-call]
+
+
+def _frozen(module: nn.Module) -> Iterator[Tensor]:
+    for part in module.modules():
+        yield from _own(part)
+
+
+def _own(module: nn.Module) -> Iterator[Tensor]:
+    """The frozen tensors of one module, its children's not counted."""
+    yield from (p.detach() for p in module.parameters(recurse=False) if not p.requires_grad)
+    if isinstance(module, QuantLinear) and module.is_filled:
+        yield from module.packed().values()
+
+
+def frozen_bytes(model: nn.Module) -> int:
+    """Bytes of all that is frozen, wherever it lies; packed weights as they are packed, a shared tensor once."""
+    packed = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    weights = {id(module.weight) for module in packed}
+    others = {id(p): p for p in model.parameters() if not p.requires_grad and id(p) not in weights}
+    return sum(p.nbytes for p in others.values()) + sum(module.packed_bytes for module in packed)
+
+
+def copied_bytes(model: PreTrainedModel, entries: Mapping[str, TensorEntry], dtype: torch.dtype) -> int:
+    """How much of a model has to be in memory because its files don't hold it just as it is used.
+
+    Args:
+        model: without adapters; may be on the meta device.
+        entries: the tensors of its checkpoint.
+        dtype: of the dense weights in memory.
+    """
+    copied: dict[int, int] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            stored = name_in_checkpoint(f"{path}.{name}".removeprefix("."), entries, model.base_model_prefix)
+            entry = entries[stored] if stored else None
+            packed = isinstance(module, QuantLinear) and name == "weight"
+            nbytes = module.packed_bytes if isinstance(module, QuantLinear) and packed else parameter.nbytes
+            copied.setdefault(id(parameter), nbytes)
+            if entry is None or entry.offset % entry.dtype.itemsize:
+                continue
+            if entry.dtype in _CODES if packed else (entry.dtype, entry.shape) == (dtype, tuple(parameter.shape)):
+                copied[id(parameter)] = 0  # under one of its names, if it is shared
+    return sum(copied.values())
+
+
+_CODES = (torch.uint8, torch.int8)

@@ -1,0 +1,1 @@
+"""Modules that own packed weights: 4-bit and 8-bit linear layers and tables, in bitsandbytes' formats."""

@@ -1,0 +1,84 @@
+"""What a merge will write: the adapter's edits, and for a base that was quantised, what its packed layers become."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from truetune.adapters import files
+from truetune.checkpoint.tensors import open_index
+from truetune.config.merge import MergeConfig
+from truetune.config.quant import QuantRecipe
+from truetune.errors import ConfigError
+from truetune.export.fold import Fold, check_plain, fold
+from truetune.export.onto import Drift, on_quantised, recipe_of, stored_packed, unpacked
+from truetune.models import load
+from truetune.quant.replace import linear_layers, quantisable
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """The edits, the tensors to leave out, and how far the result will be from the model that was trained.
+
+    ``onto`` is ``base`` where nothing was quantised, and then there is no ``drift``.
+    """
+
+    changes: Fold
+    drop: tuple[str, ...] = ()
+    onto: Literal["base", "original", "dequantized"] = "base"
+    drift: Drift | None = None
+
+
+def plan_merge(config: MergeConfig, file: files.AdapterFile, base: Path, model_config: Any) -> MergePlan:
+    """Decide what is merged onto what.
+
+    Raises:
+        ConfigError: ``--onto`` asks for weights that are not there.
+        AdapterError: the adapter does not fit the base.
+    """
+    stored, trained_on = load.check_readable(config.model, model_config), recipe_of(file.card)
+    dtype = _dtype(file, model_config)
+    entries = open_index(base)
+    model = load.skeleton(load.dense_config(model_config), dtype=dtype)
+    prefix = model.base_model_prefix
+    recipe = stored or trained_on
+    paths = [path for path, _ in linear_layers(model)] if stored else quantisable(model, recipe) if recipe else []
+    layers = {path: model.get_submodule(path) for path in paths}
+    files.load(model, file)
+    changes = fold(model, file, entries, prefix=prefix)
+    _check_onto(config, stored, trained_on)
+    if recipe is None:
+        check_plain(file, changes, entries)
+        return MergePlan(changes)
+    drift = Drift()
+    if stored and stored_packed(entries):
+        edits, drop = unpacked(changes.edits, layers, entries, stored, dtype=dtype, prefix=prefix, drift=drift)
+        updates = {**changes.config, "quantization_config": None}
+        return MergePlan(Fold(edits, updates), tuple(drop), "dequantized", drift)
+    onto: Literal["original", "dequantized"] = "original" if config.onto == "original" else "dequantized"
+    edits = on_quantised(
+        changes.edits, layers, entries, recipe, onto=onto, dtype=dtype, prefix=prefix, drift=drift
+    )  # fmt: skip
+    return MergePlan(Fold(edits, changes.config), (), onto, drift)
+
+
+def _check_onto(config: MergeConfig, stored: QuantRecipe | None, trained_on: QuantRecipe | None) -> None:
+    if config.onto == "original" and stored:
+        raise ConfigError(
+            f"--onto original: {config.model} holds packed weights ({stored}), not the original ones",
+            ("way out", "--model with the unquantised base that it was made from"),
+        )
+    if config.onto == "dequantized" and not (stored or trained_on):
+        raise ConfigError(
+            "--onto dequantized: neither this base is quantised, nor was the adapter trained on one that is"
+        )
+
+
+def _dtype(file: files.AdapterFile, model_config: Any) -> torch.dtype:
+    """What the packed layers computed in while the adapter was trained."""
+    name = (file.card.get("facts") or {}).get("compute")
+    found = getattr(torch, str(name), None)
+    return found if isinstance(found, torch.dtype) else load.checkpoint_dtype(model_config)
