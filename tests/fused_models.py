@@ -91,6 +91,7 @@ def step(
     packing: bool = True,
     fused: bool = True,
     recompute: Recompute = "none",
+    full_layers: int = 0,
     micro_tokens: int = sum(LENGTHS),
     number: int = 0,
     autocast: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
@@ -101,7 +102,7 @@ def step(
     )
     with autocast():
         path = Path(model, survey(model), packing)
-    with prepared(path, recompute=recompute, fused=fused):
+    with prepared(path, recompute=recompute, full_layers=full_layers, fused=fused):
         result = accumulate(path.loss, plan.micro_batches(number), seed=3, step=number, autocast=autocast)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)

@@ -56,7 +56,9 @@ def dense_twin(model: nn.Module) -> Any:
     return twin
 
 
-def save_base(family: str, folder: Path, *, dtype: torch.dtype = torch.float32, shard: str = "1GB", **changes: Any) -> Path:
+def save_base(
+    family: str, folder: Path, *, dtype: torch.dtype = torch.float32, shard: str = "1GB", **changes: Any
+) -> Path:
     """A tiny model's checkpoint."""
     transformers.logging.disable_progress_bar()
     FAMILIES[family].make(**changes).to(dtype).save_pretrained(folder, max_shard_size=shard)

@@ -1,12 +1,14 @@
 """Start runs, read what they leave, and compare two of them to the bit."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
+from truetune.config.methods import METHODS
 from truetune.config.resolve import resolve
 from truetune.config.sft import PretrainConfig, SFTConfig
 from truetune.recipes import pretrain, sft
@@ -29,7 +31,7 @@ def write_rows(path: Path, count: int = 14) -> Path:
 def run_sft(model: Path, data: Path, out: Path, **flags: Any) -> dict[str, Any]:
     """One run in this process: 14 rows in steps of 4, two passes unless told otherwise."""
     settings = {"batch_size": 4, "epochs": 2, "rank": 4, "lr": 1e-2, "warmup": 2}
-    if flags.get("method") == "full":
+    if "rank" not in METHODS[flags.get("method", "lora")].config.model_fields:
         settings.pop("rank")
     named = {"model": str(model), "data": (str(data),), "out": str(out)}
     return sft.run(resolve(SFTConfig, file=None, flags={**settings, **named, **flags}))
@@ -42,6 +44,18 @@ def run_pretrain(model: Path, data: Path, out: Path, **flags: Any) -> dict[str, 
 
 def checkpoints(out: Path) -> list[str]:
     return sorted(path.name for path in (out / "checkpoints").iterdir())
+
+
+def cut_after(whole: Path, step: int, out: Path) -> Path:
+    """The run folder as a kill after ``step`` steps leaves it: nothing later but rows of the log."""
+    shutil.copytree(whole, out)
+    for path in (out / "checkpoints").iterdir():
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
+    for name in ("adapter", "model"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    (out / "report.md").unlink()
+    return out
 
 
 def log(out: Path) -> list[dict[str, Any]]:

@@ -105,6 +105,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=0.3, help="that an operation is measured for, each round")
     parser.add_argument("--weights", type=_sizes, default=((2048, 2048), (8192, 2048)), help="ROWSxCOLUMNS,…")
     parser.add_argument("--values", type=int, default=1 << 21, help="parameters of the optimizer's step")
+    parser.add_argument("--limit", default="1.5GB", help="of the part big, for its second run's --max-memory")
     parser.add_argument("--load-shape", choices=SHAPES, default="llama-3.2-1b", help="of the part load")
     parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m", help="of the part step; so are the rest:")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
@@ -154,7 +155,7 @@ def _bench(options: argparse.Namespace, python: Path | None) -> Bench:
     return Bench(
         work=options.work, env=env, peer_env={name: v for name, v in env.items() if name not in NOT_FOR_PEERS},
         python=python, data=data_file(options.data, options.work), setting=_setting(options),
-        load_shape=options.load_shape, weights=options.weights, values=options.values, rounds=options.rounds,
+        load_shape=options.load_shape, limit=options.limit, weights=options.weights, values=options.values, rounds=options.rounds,
         seconds=options.seconds, say=say,
     )  # fmt: skip
 

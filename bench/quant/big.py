@@ -23,7 +23,6 @@ from bench.runs import ROOT, FailedRunError, Runs
 LAYERS = 32
 # Steps, of which the first is not timed. B starts at zero, so A's gradient is zero in the first step.
 STEPS = 3
-LIMIT = "1.5GB"
 # Of English, most of 512 tokens with the prompt around them; rows that come out longer are dropped.
 CHARACTERS = 2_200
 LIMITED = "big, limited"
@@ -50,7 +49,7 @@ class Trained:
 
 
 def big(bench: Bench) -> Findings:
-    """Load, train with everything resident, train within ``LIMIT``; the checkpoint is removed in the end."""
+    """Load, train with everything resident, train within the limit; the checkpoint is removed in the end."""
     setting = replace(bench.setting, rank=8, dropout=0.0, batch_size=1, max_length=512, steps=STEPS)
     found, model = Findings(), bench.work / "models-quant" / "llama-2-7b-nf4"
     rows = long_rows(bench.data, bench.work / "long.jsonl")
@@ -63,15 +62,15 @@ def big(bench: Bench) -> Findings:
         resident = _train(bench, setting, model, rows, "big-resident", [])
         bench.say(f"resident     {_line(resident)}")
         try:
-            limited = _train(bench, setting, model, rows, "big-limited", ["--max-memory", LIMIT])
-            bench.say(f"within {LIMIT} {_line(limited)}")
+            limited = _train(bench, setting, model, rows, "big-limited", ["--max-memory", bench.limit])
+            bench.say(f"within {bench.limit} {_line(limited)}")
         except FailedRunError as error:
             limited, found.not_run[LIMITED] = None, str(error)
-            bench.say(f"not run: within {LIMIT}: {error}")
+            bench.say(f"not run: within {bench.limit}: {error}")
     finally:
         shutil.rmtree(model, ignore_errors=True)
     found.details = {
-        "load": asdict(opened), "resident": asdict(resident), "limited": limited and asdict(limited), "limit": LIMIT,
+        "load": asdict(opened), "resident": asdict(resident), "limited": limited and asdict(limited), "limit": bench.limit,
     }  # fmt: skip
     found.figures = {
         "big_load_s": round(opened.load_s, 2),

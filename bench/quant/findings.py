@@ -23,6 +23,7 @@ class Bench:
         python: the peer's interpreter; None measures ours alone.
         setting: of the part ``step``; its shape too.
         load_shape: of the part ``load``.
+        limit: on the memory of the part ``big``, as ``--max-memory`` takes it.
         rounds: of runs that are processes of their own; single operations take ``turns``.
         seconds: how long one operation is measured at a time.
     """
@@ -36,6 +37,7 @@ class Bench:
     load_shape: str
     weights: tuple[tuple[int, int], ...]
     values: int
+    limit: str
     rounds: int
     seconds: float
     say: Callable[[str], None]

@@ -49,7 +49,7 @@ def _without_compiling() -> Iterator[None]:
 def bench_in(work: Path, python: Path | None = None) -> Bench:
     return Bench(
         work=work, env=dict(os.environ), peer_env={}, python=python, data=work / "rows.json", setting=SETTING,
-        load_shape="tiny", weights=((64, 64),), values=4096, rounds=1, seconds=0.0, say=lambda _: None,
+        load_shape="tiny", limit="1GB", weights=((64, 64),), values=4096, rounds=1, seconds=0.0, say=lambda _: None,
     )  # fmt: skip
 
 

@@ -84,7 +84,10 @@ def test_all_unknown_and_repeated_keys_are_reported_at_once(tmp_path: Path) -> N
         ("targets: []", "--targets: found [], expected at least one value"),
         ("targets: {a: 1}", "--targets: found {'a': 1}, expected a list"),
         ("trainable: [bia]", "--trainable: found 'bia', expected bias, norm, embedding, head; did you mean 'bias'?"),
-        ("method: lorra", "--method: found 'lorra', expected lora, dora, adalora, vera, ia3, bitfit, prompt, ptuning, prefix, llama-adapter, bottleneck, freeze, lisa, full; did you mean 'lora'?"),
+        (
+            "method: lorra",
+            "--method: found 'lorra', expected lora, dora, adalora, vera, ia3, bitfit, prompt, ptuning, prefix, llama-adapter, bottleneck, freeze, lisa, full; did you mean 'lora'?",
+        ),
         ("model: ''", "--model: found '', expected a text that is not empty"),
         ("out: ' '", "--out: found ' ', expected a folder's name"),
         ("revision: 2020-01-01", "--revision: found datetime.date(2020, 1, 1), expected a text"),

@@ -16,7 +16,9 @@ from transformers import PreTrainedModel
 from fused_models import FUSABLE, Step, adapted, by_definition, farthest, made, same_bits, step
 from reference.norms import distance
 from step_models import LENGTHS, rows
+from truetune.adapters.inject import attach
 from truetune.adapters.lora import LoRALinear, projection_group
+from truetune.config.lora import DoRA
 from truetune.data.pack import collate
 from truetune.models.forward import Path, prepared
 from truetune.models.fused import FusedLayer
@@ -65,6 +67,19 @@ def test_what_is_computed_again_is_what_was_computed_to_the_bit(tier: str, name:
     model = adapted(name, dtype=dtype, dropout=0.3)
     kept, *again = (step(model, recompute=how) for how in ("none", "cheap", "full"))
     assert all(same_bits(kept, found) for found in again)
+    assert same_bits(kept, step(model, recompute="cheap", full_layers=1))
+
+
+def test_a_layer_that_is_computed_again_has_the_product_that_its_magnitude_learns_from(tier: str) -> None:
+    model = made("llama")
+    attach(model, DoRA(rank=4, dropout=0.3))
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if "lora_b" in path:
+                parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(3))
+    kept = step(model)
+    assert any("down_proj" in path and "magnitude" in path for path in kept[1])
+    assert same_bits(kept, step(model, recompute="full"))
 
 
 @pytest.mark.parametrize("name", ["mistral", "qwen3", "gemma"])
@@ -145,12 +160,24 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def products(model: PreTrainedModel, examples: tuple[int, ...] = (1, 3, 5)) -> dict[str, list[int]]:
+def products(
+    model: PreTrainedModel, examples: tuple[int, ...] = (1, 3, 5), *, full_layers: int = 0
+) -> dict[str, list[int]]:
     """The rows of the products that a micro-batch makes with each base weight, by the weight's name in its layer."""
     path, batch = Path(model, survey(model), packing=True), collate(rows(), examples, packing=True)
-    with prepared(path, recompute="cheap"), Products(model) as seen:
+    with prepared(path, recompute="cheap", full_layers=full_layers), Products(model) as seen:
         path.loss(batch).backward()
     return {name.removeprefix("model.layers."): found for name, found in seen.rows.items() if "lora" not in name}
+
+
+def test_the_first_layers_are_computed_again_but_for_their_last_product() -> None:
+    """Nobody reads what a layer that is computed again ends in."""
+    before, after = (products(adapted("llama", layers=3), full_layers=n) for n in (0, 2))
+    more = {path: len(after[path]) - len(found) for path, found in before.items() if "proj" in path}
+    assert {path for path, n in more.items() if n} == {
+        f"{layer}.{part}" for layer in (0, 1) for part in {p[2:] for p in more} if "down_proj" not in part
+    }
+    assert set(more.values()) == {0, 1}
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])

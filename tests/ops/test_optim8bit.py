@@ -133,9 +133,18 @@ def test_one_lookup_finds_what_counting_thresholds_does(signed: bool) -> None:
     assert torch.equal(codes.long(), torch.bucketize(padded.view(-1), middles))
 
 
-def test_the_table_has_every_code() -> None:
-    for signed in (True, False):
-        assert (nearest_entries(signed, CPU) >> 16).unique().tolist() == list(range(256))
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_table_serves_every_float_between_the_ends(signed: bool) -> None:
+    """Both ends of what each entry is for, where the float is one between -1 and 1."""
+    values = codebooks.dynamic(signed=signed)
+    upper = torch.arange(1 << 16) << 16
+    ends = torch.cat([upper, upper | 0xFFFF]).to(torch.int32)
+    x = ends.view(torch.float32)
+    inside = (x.abs() <= 1) if signed else (x <= 1) & (ends >= 0)
+    y = (ends ^ (ends >> 31)).long()
+    found = (nearest_entries(signed, CPU).long().repeat(2) + y) >> 16
+    assert torch.equal(found[inside], torch.bucketize(x[inside], (values[:-1] + values[1:]) / 2))
+    assert found[inside].unique().tolist() == list(range(256))
 
 
 @pytest.mark.parametrize("kind", RULES)

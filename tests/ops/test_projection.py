@@ -252,3 +252,177 @@ def test_going_back_twice_gives_the_same_bits(tier: str, source: str, keep: bool
         torch.autograd.grad(outputs, asked.leaves, weights_of(outputs), retain_graph=True) for _ in range(2)
     )
     assert all(map(torch.equal, first, second))
+
+
+# --- magnitudes and trained biases --------------------------------------------------------------------------------
+
+WAYS = {"whole": (False, False), "low-rank dropped": (True, False), "all dropped": (True, True)}
+
+
+def scaled(
+    group: str, source: str, way: str = "whole", *, residual: bool = False, n: int = 4, width: int = 6, shift: bool = True
+) -> Problem:
+    """A problem whose projections, but for the second, have a magnitude; every other one has a trained bias."""
+    dropout, drops_base = WAYS[way]
+    asked = problem(group, source, dropout=dropout, residual=residual, n=n, width=width)
+    draw = torch.Generator().manual_seed(5)
+    projections = []
+    for i, p in enumerate(asked.group.projections):
+        out = p.weight.out_features
+        magnitude = None if i == 1 else 1 + 0.3 * torch.randn(out, generator=draw, dtype=torch.float64)
+        beside = torch.randn(out, generator=draw, dtype=torch.float64) if shift and i % 2 == 0 else None
+        projections.append(replace(p, magnitude=magnitude, shift=beside))
+    changed = replace(asked.group, projections=tuple(projections), drops_base=drops_base)
+    return Scaled(changed, asked.source, asked.inputs, asked.residual)
+
+
+class Scaled(Problem):
+    """A problem with magnitudes, and their plain composition."""
+
+    def __post_init__(self) -> None:
+        learned = [t for p in self.group.projections for t in p.learned]
+        self.leaves = [*self.inputs, *([] if self.residual is None else [self.residual]), *learned]
+        for leaf in self.leaves:
+            leaf.requires_grad_()
+
+    def plainly(self) -> tuple[Tensor, ...]:
+        """W x + b + (g - 1) ∘ W z + g ∘ s B A drop(x) + c, with z the dropped input or x itself."""
+        whole = Problem(self.group, self.source, self.inputs, None)
+        bare = [replace(p, bias=None, a=None, b=None) for p in self.group.projections]
+        whole.group = replace(self.group, projections=tuple(bare))
+        of_base = whole.plainly()
+        whole.group = self.group
+        x = whole.plainly()
+        found = []
+        for p, both, base in zip(self.group.projections, x, of_base, strict=True):
+            low = both - base - (0 if p.bias is None else p.bias)
+            y = both
+            if p.magnitude is not None:
+                g = p.magnitude.to(y.dtype)
+                z = self._dropped_base(p) if self.group.drops_base else base
+                y = y + (g - 1) * z + (g - 1) * low
+            y = y if p.shift is None else y + p.shift.to(y.dtype)
+            found.append(y if self.residual is None else y + self.residual)
+        return tuple(found)
+
+    def _dropped_base(self, p: Projection) -> Tensor:
+        """W drop(x): a low-rank path with A the identity and B the weight."""
+        assert isinstance(p.weight, FrozenLinear)
+        eye = torch.eye(p.weight.in_features, dtype=p.weight.dtype)
+        nothing = FrozenLinear(torch.zeros_like(p.weight.dense()), transposed=False)
+        alone = Projection(nothing, None, eye, p.weight.dense(), 1.0)
+        other = Problem(replace(self.group, projections=(alone,)), self.source, [t.detach() for t in self.inputs], None)
+        other.inputs = self.inputs
+        return other.plainly()[0]
+
+
+@both_ways
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(("group", "residual"), [("one", True), ("one", False), ("one-frozen", False), ("three", False)])
+def test_with_magnitudes_it_is_the_composition_and_its_derivative(
+    group: str, residual: bool, source: str, way: str, keep: bool
+) -> None:
+    asked = scaled(group, source, way, residual=residual)
+    ours, plain = (with_gradients(outputs, asked.leaves) for outputs in (asked.ours(keep=keep), asked.plainly()))
+    for found, expected in zip(ours, plain, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-11, rtol=1e-11)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("group", "residual"), [("one", True), ("one-transposed", False), ("three", False)])
+def test_with_magnitudes_the_gradient_is_that_of_finite_differences(group: str, residual: bool, way: str) -> None:
+    asked = scaled(group, "normed", way, residual=residual, n=2, width=3)
+
+    def call(*leaves: Tensor) -> tuple[Tensor, ...]:
+        rest = list(leaves)
+        inputs = [rest.pop(0) for _ in asked.inputs]
+        beside = rest.pop(0) if residual else None
+        projections = [
+            replace(p, **{name: rest.pop(0) for name in ("a", "b", "magnitude", "shift") if getattr(p, name) is not None})
+            for p in asked.group.projections
+        ]
+        given = replace(asked.group, projections=tuple(projections))
+        return project(given, *inputs, source=asked.source, residual=beside)
+
+    assert torch.autograd.gradcheck(call, tuple(asked.leaves))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_with_magnitudes_it_is_no_worse_than_torch_in_narrow_dtypes(tier: str, way: str, dtype: torch.dtype) -> None:
+    """Magnitudes stay in float32, as an adapter has them."""
+    wide = scaled("three", "normed", way, n=40, width=48, shift=False)
+
+    def cast(kind: torch.dtype) -> Scaled:
+        narrow = wide.to(dtype).to(kind)
+        magnitudes = [None if p.magnitude is None else p.magnitude.detach() for p in wide.group.projections]
+        keep = torch.promote_types(kind, torch.float32)
+        projections = [
+            replace(p, magnitude=None if g is None else g.float().to(keep))
+            for p, g in zip(narrow.group.projections, magnitudes, strict=True)
+        ]
+        group = replace(narrow.group, projections=tuple(projections), drops_base=wide.group.drops_base)
+        return Scaled(group, narrow.source, narrow.inputs, None)
+
+    asked, exact = cast(dtype), cast(torch.float64)
+    truth = with_gradients(exact.plainly(), exact.leaves)
+    ours, plain = (with_gradients(outputs, asked.leaves) for outputs in (asked.ours(), asked.plainly()))
+    for found, expected, right in zip(ours, plain, truth, strict=True):
+        assert_no_worse_as_a_whole(found, expected, right, dtype)
+
+
+def test_a_magnitude_of_one_changes_no_bit() -> None:
+    asked = problem("one", n=5)
+    (p,) = asked.group.projections
+    out = p.weight.out_features
+    same = replace(asked.group, projections=(replace(p, bias=None, magnitude=torch.ones(out)),))
+    bare = replace(asked.group, projections=(replace(p, bias=None),))
+    assert torch.equal(project(same, *asked.inputs)[0], project(bare, *asked.inputs)[0])
+
+
+def test_a_magnitude_of_zero_gives_zeros_and_no_gradient_of_its_own() -> None:
+    asked = scaled("one", "plain", shift=False)
+    (p,) = asked.group.projections
+    magnitude = torch.tensor([0.0] + [1.0] * (p.weight.out_features - 1), dtype=torch.float64, requires_grad=True)
+    (y,) = project(Group((replace(p, bias=None, magnitude=magnitude),)), *asked.inputs)
+    of_magnitude, of_x = torch.autograd.grad(y.sum(), [magnitude, asked.inputs[0]])
+    assert not y[:, 0].any()
+    assert of_magnitude[0] == 0
+    assert of_magnitude[1:].all()
+    assert of_x.isfinite().all()
+
+
+@pytest.mark.parametrize("group", ["one", "three-alike"])
+def test_a_magnitude_keeps_nothing_of_the_size_of_the_output_but_the_output(group: str) -> None:
+    """Without biases, which would make what was multiplied differ from what comes out."""
+    asked = problem(group, n=50, width=6)
+    projections = [
+        replace(p, bias=None, magnitude=torch.full((p.weight.out_features,), 1.1)) for p in asked.group.projections
+    ]
+    given = replace(asked.group, projections=tuple(projections))
+    outputs: list[Tensor] = []
+    saved = saved_by(lambda: outputs.extend(project(given, *asked.inputs)))
+    large = [t.data_ptr() for t in saved if t.shape[0] == 50 and t.shape[1] > 6]
+    assert sorted(large) == sorted(y.data_ptr() for y in outputs)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_only_a_dropped_base_takes_a_second_product(way: str) -> None:
+    asked, (weight,) = counted("one", "plain")
+    (p,) = asked.group.projections
+    dropout, drops_base = WAYS[way]
+    magnitude = torch.full((len(weight.weight),), 1.1, dtype=torch.float64, requires_grad=True)
+    keys = torch.arange(4) if dropout else None
+    (y,) = project(Group((replace(p, magnitude=magnitude),), 0.4, keys, 7, drops_base), *asked.inputs)
+    y.sum().backward()
+    times = 2 if drops_base else 1
+    assert weight.calls == ["forward"] * times + ["backward"] * times
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_with_magnitudes_a_recomputing_checkpoint_gives_the_same_bits(way: str) -> None:
+    asked = scaled("three", "normed", way)
+    direct = with_gradients(asked.ours(), asked.leaves)
+    outputs = checkpoint(asked.ours, use_reentrant=False)
+    assert all(map(torch.equal, with_gradients(outputs, asked.leaves), direct))

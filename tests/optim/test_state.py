@@ -94,6 +94,8 @@ def change(state: dict[str, Any], **changes: Any) -> dict[str, Any]:
         ({"state1": torch.zeros(90, 78)}, r"state1 of a parameter \[90, 77\]: found \[90, 78\], expected \[90, 77\]"),
         ({"state2": None}, "state2 of a parameter .*: found nothing"),
         ({"absmax1": torch.zeros(4)}, r"absmax1: found \[4\], expected \[28\] for blocks of 256"),
+        ({"absmax2": -torch.ones(28)}, "absmax2 has values that no magnitude has"),
+        ({"absmax2": torch.full((28,), torch.nan)}, "absmax2 has values that no magnitude has"),
         ({"qmap2": torch.linspace(0, 1, 256)}, "qmap2 is not the unsigned dynamic map"),
         ({"max_exp_avg_sq": torch.zeros(90, 77)}, "it has max_exp_avg_sq, which this optimizer does not know"),
     ],

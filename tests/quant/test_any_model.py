@@ -32,7 +32,9 @@ Problem = tuple[nn.Module, Mapping[str, Tensor]]
 
 
 def bert() -> Problem:
-    config = BertConfig(vocab_size=40, num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **_SMALL)
+    config = BertConfig(
+        vocab_size=40, num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **_SMALL
+    )
     return BertForSequenceClassification(config), {"input_ids": _IDS, "labels": torch.tensor([0, 2])}
 
 

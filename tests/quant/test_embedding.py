@@ -34,7 +34,9 @@ def table(dtype: torch.dtype = torch.float32) -> nn.Embedding:
 def dense(kind: str, weight: Tensor) -> Tensor:
     if kind == "int8":
         return int8.dequantize_rows(*int8.quantize_rows(weight), dtype=weight.dtype)
-    return dequantize_4bit(quantize_4bit(weight, "nf4" if kind == "nf4" else "fp4", blocksize=64 if kind == "nf4" else 32))
+    return dequantize_4bit(
+        quantize_4bit(weight, "nf4" if kind == "nf4" else "fp4", blocksize=64 if kind == "nf4" else 32)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -75,7 +77,7 @@ def test_state_dict_and_copies(kind: str) -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(QuantizationError, match="width 48 in blocks of 64(.|\n)*Embedding8bit"):
+    with pytest.raises(QuantizationError, match=r"width 48 in blocks of 64(.|\n)*Embedding8bit"):
         Embedding4bit.from_base(nn.Embedding(5, 48))
     with pytest.raises(QuantizationError, match="more than look up rows"):
         Embedding8bit.from_base(nn.Embedding(5, 64, max_norm=1.0))

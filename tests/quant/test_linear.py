@@ -94,7 +94,9 @@ def test_int8_leaves_columns_with_an_outlier_in_floating_point() -> None:
     """An outlier would take all the other values' precision: the largest of a row sets what one step of it is."""
     base, x = linear(64, 16, bias=False), values(5, 64, seed=1)
     x[2, 7] = 300.0
-    split, whole = (quantised(base, QuantRecipe(kind="int8", threshold=t), "a", dtype=torch.float32) for t in (6.0, 0.0))
+    split, whole = (
+        quantised(base, QuantRecipe(kind="int8", threshold=t), "a", dtype=torch.float32) for t in (6.0, 0.0)
+    )
     exact = x.double() @ split.dense().double().T
     assert distance(split(x).double(), exact) < 3e-3
     assert distance(whole(x)[2].double(), exact[2]) > 1e-3
@@ -303,6 +305,14 @@ def test_a_weight_of_another_shape_is_refused_by_name(kind: str) -> None:
     assert not layer.is_filled
 
 
+STATE = "weight.quant_state.bitsandbytes__nf4"
+FACTS = '{"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [10, 33]}'
+
+
+def text(content: str) -> Tensor:
+    return torch.tensor(list(content.encode()), dtype=torch.uint8)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -311,11 +321,28 @@ def test_a_weight_of_another_shape_is_refused_by_name(kind: str) -> None:
         ({"weight.absmax": torch.ones(2)}, "2 scales"),
         ({"weight": torch.zeros(9, 1, dtype=torch.uint8)}, "9 bytes of codes"),
         ({"weight.quant_map": torch.linspace(-1, 1, 16)}, "other values than the standard ones"),
-        ({"weight.quant_state.bitsandbytes__nf4": torch.tensor(list(b"{"), dtype=torch.uint8)}, "no JSON"),
-        ({"weight.quant_state.bitsandbytes__nf4": torch.tensor(list(b"[]"), dtype=torch.uint8)}, "no JSON"),
-        ({"weight.quant_state.bitsandbytes__nf4": torch.tensor(list(b'{"dtype": "x"}'), dtype=torch.uint8)}, "no JSON"),
+        ({STATE: text("{")}, "no JSON"),
+        ({STATE: text("[]")}, "no JSON"),
+        ({STATE: text('{"dtype": "x"}')}, "no JSON"),
+        ({STATE: text(FACTS.replace("64", "0"))}, "no JSON"),
+        ({STATE: text(FACTS.replace("33", '"33"'))}, "no JSON"),
+        ({STATE: text(FACTS.replace("nf4", "fp4"))}, "quantised as 'fp4'"),
+        ({STATE: text(FACTS.replace("[10, 33]", "[330]"))}, "codes"),
     ],
-    ids=["no absmax", "no codes", "few scales", "few codes", "another map", "cut", "a list", "another dtype"],
+    ids=[
+        "no absmax",
+        "no codes",
+        "few scales",
+        "few codes",
+        "another map",
+        "cut",
+        "a list",
+        "another dtype",
+        "empty blocks",
+        "sizes in words",
+        "another kind",
+        "flat",
+    ],
 )
 def test_parts_that_do_not_fit_are_refused_by_name(change: dict[str, Tensor | None], message: str) -> None:
     layer = packed("nf4", linear(33, 10, bias=False), path="model.q")

@@ -63,7 +63,7 @@ def test_a_name_that_no_layer_has_is_refused_with_what_there_is() -> None:
     for name in ("down_prj", "proj", "norm", "layers.7"):
         with pytest.raises(QuantizationError, match=rf"--quant-skip: .*'{name}'(.|\n)*down_proj x2"):
             replace(model, QuantRecipe(kind="nf4", skip=("q_proj", name)), dtype=torch.float32)
-    with pytest.raises(QuantizationError, match="did you mean +down_proj"):
+    with pytest.raises(QuantizationError, match=r"did you mean +down_proj"):
         quantisable(model, QuantRecipe(kind="nf4", skip=("down_prj",)))
     assert not packed_layers(model)
 

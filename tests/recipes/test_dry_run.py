@@ -40,7 +40,7 @@ def test_the_plan_is_what_the_run_does(command: list[str], tmp_path: Path, capsy
     plan = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(plan) == {
         "steps", "examples", "rows", "tokens", "trained_tokens", "parameters", "trainable_parameters", "recompute",
-        "memory_mb", "seconds",
+        "full_layers", "streamed", "memory_mb", "seconds",
     }  # fmt: skip
     assert main(argv) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -98,6 +98,7 @@ TRAIN: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "revision": ({}, {"revision": "main"}, "refused"),
     "dtype": ({}, {"dtype": "bfloat16"}, "log"),
     "device": ({}, {"device": "cuda"}, "refused"),
+    "max_memory": ({}, {"max_memory": "5MB"}, "refused"),
     "max_length": ({"on_overlong": "drop"}, {"max_length": 50}, "report"),
     "packing": ({}, {"packing": False}, "report"),
     "val_split": ({}, {"val_split": 0.5}, "report"),

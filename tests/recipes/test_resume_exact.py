@@ -1,14 +1,13 @@
 """k steps, resume, and the rest are the same run as all steps at once, to the bit."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from training_runs import BEST_BEFORE_LAST, checkpoints, differences, log, run_pretrain, run_sft, write_rows
+from training_runs import BEST_BEFORE_LAST, checkpoints, cut_after, differences, log, run_pretrain, run_sft, write_rows
 
 STEPS = 7  # 28 examples in steps of 4; the second pass begins in step 4 (counted from 1)
 KINDS: dict[str, dict[str, Any]] = {
@@ -35,18 +34,6 @@ def whole(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
         return made[kind]
 
     return make
-
-
-def cut_after(whole: Path, step: int, out: Path) -> Path:
-    """The run folder as a kill after ``step`` steps leaves it: nothing later but rows of the log."""
-    shutil.copytree(whole, out)
-    for path in (out / "checkpoints").iterdir():
-        if int(path.name.removeprefix("step-")) > step:
-            shutil.rmtree(path)
-    for name in ("adapter", "model"):
-        shutil.rmtree(out / name, ignore_errors=True)
-    (out / "report.md").unlink()
-    return out
 
 
 @pytest.mark.parametrize("step", [1, 3, 4, 6])

@@ -82,6 +82,31 @@ def test_computing_more_again_takes_no_more(fused: bool, layers: int) -> None:
     assert (cheap < none) == fused  # there is nothing cheap to find in layers that are not fused
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_each_layer_more_that_is_computed_again_takes_less(fused: bool) -> None:
+    found = [estimated(fused=fused, full_layers=n).activations for n in range(6)]
+    assert found == sorted(found, reverse=True)
+    assert len(set(found)) == 6
+    # To compute the last one again needs what keeping it does, and its input.
+    last = estimated(fused=fused, full_layers=6).activations - found[-1]
+    assert last == pytest.approx(4096 * 64 * 2 / 1e6)
+    assert estimated(fused=fused, full_layers=6).total == estimated(fused=fused, recompute="full").total
+
+
+def test_of_a_streamed_base_two_layers_are_in_memory_or_the_head() -> None:
+    layer = (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 172 + 2 * 64) * 2 / 1e6
+    head = 64 * 1000 * 2 / 1e6
+    for layers in (6, 30):
+        model = unloaded(num_hidden_layers=layers)
+        resident, streamed = estimated(model), estimated(model, streamed=True)
+        assert streamed.weights == pytest.approx(max(2 * layer, head))
+        assert resident.weights > layers * layer
+        assert (streamed.activations, streamed.trained) == (resident.activations, resident.trained)
+    large = unloaded(vocab_size=50_000)
+    assert estimated(large, streamed=True).weights == pytest.approx(50 * head)
+    assert estimated(large, streamed=True, copied=7.0).weights == pytest.approx(50 * head + 7.0)
+
+
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize(
     "changes", [{}, {"head_dim": 64}, {"num_key_value_heads": 4, "intermediate_size": 64}], ids=str

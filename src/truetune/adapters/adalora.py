@@ -10,6 +10,7 @@ the end it is left out of the file. r in s stays the rank that a layer started w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from truetune.adapters.base import Adapter, Change
 from truetune.adapters.input_dropout import dropped_input
 from truetune.adapters.linear_sites import check_linear, linear_sites
+from truetune.adapters.lora import projection_group
 from truetune.adapters.methods import Site
 from truetune.adapters.peft_fields import Fields, excluded, layers_of, plain_number, targets_of
 from truetune.adapters.rank_allocation import BETA, Phases
@@ -27,6 +29,7 @@ from truetune.config.lora import AdaLoRA, AdaLoRATrained
 from truetune.errors import AdapterError
 from truetune.ops import lowrank
 from truetune.ops.frozen import frozen_weight, is_conv1d
+from truetune.ops.projection import Projection, project
 
 CHANGES_TABLE = False
 TRAINS: tuple[str, ...] = ()
@@ -54,6 +57,8 @@ class AdaLoRALinear(Adapter):
     """
 
     files = {"lora_a": "lora_A", "lora_b": "lora_B", "lora_e": "lora_E"}  # noqa: RUF012 - ClassVar in the contract
+    drops_base = False
+    """See ``ops.projection.Group``."""
 
     def __init__(
         self,
@@ -78,8 +83,20 @@ class AdaLoRALinear(Adapter):
         self.lora_a, self.lora_b = (nn.Parameter(t.to(frozen.device)) for t in (a, b))
         self.lora_e = nn.Parameter(torch.zeros(ranks, 1, device=frozen.device))
 
+    def projection(self) -> Projection | None:
+        """The layer as part of a node; None where its base is trained itself, or is of another kind."""
+        group = projection_group((self.base,), tokens=1)
+        if group is None or not len(self.lora_e):
+            return None if group is None else group.projections[0]
+        return replace(group.projections[0], a=self.lora_a * self.lora_e, b=self.lora_b, scale=self.scale)
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], in the dtype of the base's output."""
+        rows = x.shape[:-1].numel()
+        group = projection_group((self,), rows)
+        if group is not None and x.dtype == group.dtype and not torch.is_autocast_enabled(x.device.type):
+            (out,) = project(group, x.reshape(rows, x.shape[-1]))
+            return out.view(*x.shape[:-1], out.shape[1])
         y: Tensor = self.base(x)
         if not len(self.lora_e):
             return y

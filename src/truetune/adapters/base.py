@@ -26,12 +26,19 @@ class Adapter(nn.Module, ABC):
     """
 
     files: ClassVar[Mapping[str, str]]
+    whole_keys: ClassVar[bool] = False
+    """Its tensors are the model's and not one layer's: their suffixes are their whole keys in the file."""
+
     base: nn.Module
 
     def adapter_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """``(suffix in the file, parameter)`` of each trained tensor this adapter owns."""
         for attribute, suffix in self.files.items():
             yield suffix, getattr(self, attribute)
+
+    def makers(self) -> Iterator[tuple[str, Parameter]]:
+        """Trained tensors that the file's are made of while training: in a run's state, in no adapter's file."""
+        return iter(())
 
     def shared_parameters(self) -> Iterator[Parameter]:
         """Trained tensors that this layer computes with and another adapter owns."""

@@ -27,6 +27,7 @@ from truetune.ops.frozen import frozen_weight, is_conv1d
 
 CHANGES_TABLE = False
 TRAINS: tuple[str, ...] = ()
+PEFT_LACKS = ("bias", "ensure_weight_tying")
 
 # How it was started, how PEFT found it: nothing of what a trained adapter computes.
 _WITHOUT_EFFECT = ("fan_in_fan_out", "init_ia3_weights")
@@ -85,7 +86,7 @@ def sites(model: nn.Module, config: IA3) -> list[str]:
     """
     named = config.model_copy(update={"targets": targets_of_family(model)}) if config.targets == AUTO else config
     paths = linear_sites(model, named)
-    check_feedforward(model, config, paths)
+    check_feedforward(config, paths)
     return paths
 
 

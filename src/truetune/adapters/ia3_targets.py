@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from truetune.adapters.targets import adaptable, matches, no_such_layer
+from truetune.adapters.targets import adaptable, matches
 from truetune.config.other_methods import IA3
-from truetune.errors import AdapterError
+from truetune.errors import AdapterError, nearest
 
 AUTO = ("auto",)
 _KEYS, _QUERIES = ("k_proj", "v_proj"), ("q_proj", "v_proj")
@@ -48,12 +48,16 @@ def feedforward_names(model: nn.Module, config: IA3) -> tuple[str, ...]:
     return config.feedforward or ((_of_family(model)[1],) if config.targets == AUTO else ())
 
 
-def check_feedforward(model: nn.Module, config: IA3, paths: Sequence[str]) -> None:
+def check_feedforward(config: IA3, paths: Sequence[str]) -> None:
     """Raises AdapterError for a name in ``--feedforward`` that none of the targets has."""
     for name in config.feedforward:
         if not any(matches(name, path) for path in paths):
-            layers = {path: layer for path, layer in adaptable(model).items() if path in paths}
-            raise no_such_layer(model, layers, name, flag="--feedforward")
+            leaves = sorted({path.rsplit(".", 1)[-1] for path in paths})
+            raise AdapterError(
+                f"--feedforward: '{name}' is none of the targets",
+                ("did you mean", nearest(name, leaves)),
+                ("targets", ", ".join(leaves)),
+            )
 
 
 def _of_family(model: nn.Module) -> tuple[tuple[str, ...], str]:

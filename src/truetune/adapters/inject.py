@@ -14,7 +14,7 @@ from truetune.adapters.base import Adapter
 from truetune.adapters.lora_embedding import LoRAEmbedding, TiedHead
 from truetune.adapters.methods import Site, module_of, trained_parts
 from truetune.adapters.partial import unfreeze
-from truetune.adapters.parts import full_modules, parameters_of
+from truetune.adapters.parts import full_modules, parameters_of, widen
 from truetune.adapters.targets import output_head
 from truetune.config.adapter import AdapterConfig
 from truetune.config.methods import METHODS
@@ -32,6 +32,11 @@ class Attachment:
     untied: tuple[str, ...] = ()  # (table, head) where they shared one and had to be taken apart
     learned: tuple[Parameter, ...] = ()  # what required gradients before
 
+    @property
+    def virtual_tokens(self) -> int:
+        """Trained positions in front of every text; their ids are ``adapters.virtual.virtual_ids``."""
+        return int(getattr(self.config, "virtual_tokens", 0))
+
 
 def attach(
     model: nn.Module,
@@ -42,6 +47,7 @@ def attach(
     full: Sequence[str] | None = None,
     tie: bool = True,
     in_float32: bool = True,
+    prompt_ids: Sequence[int] = (),
 ) -> Attachment:
     """Freeze a model and put a method's adapters on it; nothing is changed when that can't be done.
 
@@ -54,6 +60,7 @@ def attach(
         tie: keep an embedding table and a head that share one matrix the same through the adapter as well; an adapter
             made elsewhere may have changed just one of the two.
         in_float32: keep the trained parts of the base in float32, as training needs; else in their own dtype.
+        prompt_ids: the ids of ``config.prompt_text``, where there is one.
     Raises:
         AdapterError: a target that matches nothing, or a model that already carries adapters.
     """
@@ -74,26 +81,27 @@ def attach(
         _untie(model, untied[1])
         parts = parameters_of(model, names, whole)
     ties = set(tied) & set(changes_table)
-    together = dict[str, Any]()
+    together: dict[str, Any] = {"prompt_ids": tuple(prompt_ids)}
     for path in [*(tied[:1] if ties else ()), *(path for path in paths if not (ties and path in tied))]:
         layer = model.get_submodule(path)
         _replace(model, path, method.wrap(layer, config, Site(path, model, seed, together)))
     if ties:
         _tie_head(model, tied)
     for parameter in parts:
-        parameter.data = parameter.data.float() if in_float32 else parameter.data
         parameter.requires_grad_(True)
+    if in_float32:
+        widen(model, parts)
     result = Attachment(config, tuple(paths), whole, tied, untied, learned)
     model.truetune_attachment = result  # type: ignore[assignment]
     return result
 
 
-def tune(model: nn.Module, config: AdapterConfig, *, seed: int = 0) -> tuple[str, ...]:
+def tune(model: nn.Module, config: AdapterConfig, *, seed: int = 0, prompt_ids: Sequence[int] = ()) -> tuple[str, ...]:
     """Put any method on a model, one that trains the base's own weights too; returns the paths that were wrapped."""
     if METHODS[config.kind].result == "model":
         unfreeze(model, config)
         return ()
-    return attach(model, config, seed=seed).sites
+    return attach(model, config, seed=seed, prompt_ids=prompt_ids).sites
 
 
 def _check_disjoint(paths: Sequence[str], whole: Sequence[str], tied: Sequence[str]) -> None:

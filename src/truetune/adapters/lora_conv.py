@@ -8,7 +8,7 @@ input, and in B A all of it, which is no such base any more: refused.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +76,7 @@ class LoRAConv(Mergeable):
         generator: torch.Generator | None = None,
         **settings: Any,
     ) -> Self:
-        """Wrap a convolution by the settings of a run, or by keywords: ``LoRAConv2d.from_base(conv, rank=8)``.
+        """Wrap a convolution by the settings of a run, or by keywords: ``LoRAConv.from_base(conv, rank=8)``.
 
         Raises:
             ConfigError: a keyword that is no setting of ``LoRA``, or a value out of its range.
@@ -139,21 +139,3 @@ class LoRAConv(Mergeable):
         weight = self.base.weight.detach()
         own = {suffix: tensor.detach() for suffix, tensor in self.own().items()}
         return weight.clone() if self.is_merged else self.changes(own)["weight"](weight)
-
-
-class LoRAConv1d(LoRAConv):
-    """``LoRAConv`` beside an ``nn.Conv1d``."""
-
-
-class LoRAConv2d(LoRAConv):
-    """``LoRAConv`` beside an ``nn.Conv2d``."""
-
-
-class LoRAConv3d(LoRAConv):
-    """``LoRAConv`` beside an ``nn.Conv3d``."""
-
-
-def conv_class(base: nn.Module) -> type[LoRAConv]:
-    """The class for a convolution of so many dimensions."""
-    classes = {1: LoRAConv1d, 2: LoRAConv2d, 3: LoRAConv3d}
-    return classes[len(cast(nn.Conv1d, base).kernel_size)]

@@ -55,7 +55,7 @@ class LoRAEmbedding(Mergeable):
     ) -> None:
         super().__init__()
         self.base: nn.Embedding = base.requires_grad_(False)
-        self.scale = lowrank.scale(alpha, rank, rank_stabilised=rank_stabilised)
+        self.rank, self.alpha, self.rank_stabilised = rank, alpha, rank_stabilised
         vocab, dim = base.weight.shape
         device = base.weight.device
         self.lora_a = nn.Parameter(torch.zeros(rank, vocab, device=device))
@@ -82,6 +82,11 @@ class LoRAEmbedding(Mergeable):
                 f"{flag}: for linear layers, and an embedding table is none", ("way out", "leave it out of --targets")
             )
         return cls(base, rank=config.rank, alpha=config.alpha, rank_stabilised=config.use_rslora, generator=generator)
+
+    @property
+    def scale(self) -> float:
+        """s."""
+        return lowrank.scale(self.alpha, self.rank, rank_stabilised=self.rank_stabilised)
 
     def magnitude(self) -> Tensor | None:
         """[dim], what the rows are multiplied by; None for nothing."""

@@ -4,68 +4,141 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from truetune.adapters.base import Adapter
+from truetune.adapters.loftq import original_weight
 from truetune.adapters.lora import LoRALinear
+from truetune.adapters.lora_conv import CONVOLUTIONS, LoRAConv
 from truetune.adapters.lora_embedding import LoRAEmbedding
+from truetune.adapters.lora_patterns import at_layer, check_patterns, named, named_by, patterns_of
+from truetune.adapters.lora_slices import QKV, SlicedLinear, is_fused, rows_of
+from truetune.adapters.lora_start import Start
 from truetune.adapters.methods import Site
-from truetune.adapters.peft_fields import Fields, plain_number, targets_of
+from truetune.adapters.peft_fields import Fields, excluded, layers_of, targets_of
 from truetune.adapters.targets import shortest_names, targeted
 from truetune.config.lora import LoRA
-from truetune.ops.frozen import is_conv1d
+from truetune.errors import AdapterError
+from truetune.ops.frozen import frozen_weight, is_conv1d
 
 CHANGES_TABLE = True
 TRAINS: tuple[str, ...] = ()
 
 # These do not change what a trained adapter computes: how it was started, how PEFT found it.
-_WITHOUT_EFFECT = (
+WITHOUT_EFFECT = (
     "init_lora_weights", "fan_in_fan_out", "megatron_core", "qalora_group_size", "loftq_config", "eva_config",
-    "corda_config", "lora_ga_config",
+    "corda_config", "lora_ga_config", "merge_weights",
 )  # fmt: skip
 # These rewrite the base's weights when PEFT loads the adapter; on the base as it is on disk, A and B mean nothing.
 _INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_START_IN_FILE = "pissa, with what was taken off the base in start_A and start_B"  # no start that PEFT would take
+
+L = TypeVar("L", bound=LoRA)
 
 
 def sites(model: nn.Module, config: LoRA) -> list[str]:
-    """Paths of the layers that the targets name."""
-    return targeted(model, config)
+    """Paths of the layers that the targets name.
+
+    Raises:
+        AdapterError: a target, or a name in a pattern or in the slices, that matches nothing.
+    """
+    paths = targeted(model, config)
+    check_patterns(config, paths)
+    for name in config.parts:
+        if not any(_has_slices(model, name, path) for path in paths):
+            known = {path.rpartition(".")[2] for path in paths if is_fused(model, path)}
+            raise AdapterError(
+                f"--slices: '{name}' is none of the layers that get an adapter",
+                ("it has", ", ".join(sorted(known)) or "no fused layer that is known"),
+            )
+    return paths
 
 
 def wrap(layer: nn.Module, config: LoRA, site: Site) -> Adapter:
     """The layer with its adapter."""
+    own, draw = at_layer(config, site.path), site.generator("lora")
+    parts = next((p for name, p in config.parts.items() if _has_slices(site.model, name, site.path)), ())
     if isinstance(layer, nn.Embedding):
-        return LoRAEmbedding.from_base(layer, config, generator=site.generator("lora"))
-    adapter = LoRALinear.from_base(layer, config, generator=site.generator("lora"))
+        return LoRAEmbedding.from_base(layer, own, generator=draw)
+    if isinstance(layer, CONVOLUTIONS):
+        adapter: LoRALinear | LoRAConv = LoRAConv.from_base(layer, own, generator=draw)
+    elif parts:
+        rows = rows_of(parts, site.model, site.path)
+        adapter = SlicedLinear.from_base(layer, own, rows=rows, generator=draw)
+    else:
+        adapter = LoRALinear.from_base(layer, own, generator=draw, **starting(layer, own, site))
     adapter.site = site.mask
     return adapter
 
 
+def starting(layer: nn.Module, config: LoRA, site: Site) -> dict[str, Any]:
+    """What the start of a linear layer's adapter takes beside the settings."""
+    if config.start_in_file:  # which will fill it: nothing is computed twice
+        frozen = frozen_weight(layer)
+        a = torch.zeros(config.rank, frozen.in_features, device=frozen.device)
+        return {"begun": Start(a, a.new_zeros(frozen.out_features, config.rank), taken_off=True)}
+    packed = config.init == "loftq" and hasattr(layer, "frozen_weight")
+    return {"original": original_weight(site.model, site.path) if packed else None}
+
+
 def to_peft(model: nn.Module, config: LoRA, sites: Sequence[str]) -> dict[str, Any]:
-    """The method's own fields of ``adapter_config.json``."""
+    """The method's own fields of ``adapter_config.json``, as the layers are: training may have left other ranks."""
+    layers = [(path, model.get_submodule(path)) for path in sites]
+    taken_off = any(isinstance(layer, LoRALinear) and layer.start_a is not None for _, layer in layers)
+    sliced = any(isinstance(layer, SlicedLinear) and layer.rows is not None for _, layer in layers)
     return {
-        "r": config.rank,
-        "lora_alpha": plain_number(config.alpha),
+        **patterns_of(config, dict(layers)),
         "lora_dropout": config.dropout,
+        "lora_bias": config.lora_bias,
         "target_modules": shortest_names(model, sites),
         "fan_in_fan_out": any(is_conv1d(module) for module in model.modules()),
         "use_rslora": config.use_rslora,
-        "init_lora_weights": True,
+        "init_lora_weights": _START_IN_FILE if taken_off else True,
+        **({"slices": list(config.slices)} if sliced else {}),
     }
 
 
 def from_peft(config: Mapping[str, Any], folder: Path) -> LoRA:
     """The settings in our terms."""
-    fields = Fields(config, folder, without_effect=_WITHOUT_EFFECT)
-    if str(config.get("init_lora_weights")).lower().startswith(_INITS_THAT_CHANGE_THE_BASE):
+    return settings_of(LoRA, Fields(config, folder, without_effect=WITHOUT_EFFECT))
+
+
+def settings_of(kind: type[L], fields: Fields, **more: tuple[str, Any]) -> L:
+    """The settings of LoRA and what derives from it; ``more`` as ``Fields.build`` takes it."""
+    init = fields.config.get("init_lora_weights")
+    if init != _START_IN_FILE and str(init).lower().startswith(_INITS_THAT_CHANGE_THE_BASE):
         fields.refuse("init_lora_weights")
-    return fields.build(
-        LoRA,
+    targets = targets_of(fields)
+    slices = tuple(fields.take("slices") or ()) or _enabled(fields, targets)
+    built = fields.build(
+        kind,
         rank=("r", fields.take("r", 8)),  # PEFT's own defaults, for a file that leaves them out
         alpha=("lora_alpha", fields.take("lora_alpha", 8)),
         dropout=("lora_dropout", fields.take("lora_dropout") or 0.0),
-        targets=("target_modules", targets_of(fields)),
+        targets=("target_modules", targets),
+        exclude=("exclude_modules", excluded(fields)),
+        layers=("layers_to_transform", layers_of(fields)),
         use_rslora=("use_rslora", bool(fields.take("use_rslora"))),
+        rank_pattern=("rank_pattern", named(fields.take("rank_pattern"))),
+        alpha_pattern=("alpha_pattern", named(fields.take("alpha_pattern"))),
+        lora_bias=("lora_bias", bool(fields.take("lora_bias"))),
+        slices=("slices", slices),
+        **more,
     )
+    return built.with_start_in_file() if init == _START_IN_FILE else built
+
+
+def _enabled(fields: Fields, targets: Sequence[str]) -> tuple[str, ...]:
+    """``enable_lora`` of PEFT before 0.3: which of so many equal parts of a fused layer are updated."""
+    enabled = fields.take("enable_lora")
+    if not enabled:
+        return ()
+    parts = ",".join(f"{i + 1}/{len(enabled)}" for i, on in enumerate(enabled) if on)
+    return tuple(f"{target}={parts}" for target in targets)
+
+
+def _has_slices(model: nn.Module, name: str, path: str) -> bool:
+    return is_fused(model, path) if name == QKV else named_by(name, path)

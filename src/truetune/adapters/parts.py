@@ -9,6 +9,7 @@ from torch.nn import Parameter
 
 from truetune.adapters.targets import output_head
 from truetune.errors import AdapterError
+from truetune.ops.frozen import is_linear
 
 
 def full_modules(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
@@ -49,6 +50,17 @@ def parameters_of(model: nn.Module, names: Iterable[str], whole: Sequence[str]) 
             raise AdapterError("--trainable bias: this model has no bias", ("way out", "leave bias out of --trainable"))
         chosen |= {id(p): p for p in _biases(model)}
     return list(chosen.values())
+
+
+def widen(model: nn.Module, parameters: Iterable[Parameter]) -> None:
+    """Keep them in float32, and with a bias the weight of its norm: a norm takes both in one dtype only."""
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        if len({p.dtype for p in own}) > 1 and not is_linear(module):
+            for parameter in own:
+                parameter.data = parameter.data.float()
 
 
 def has_bias(model: nn.Module) -> bool:

@@ -26,7 +26,7 @@ def to_peft(model: nn.Module, attached: Attachment, *, base: str | None) -> dict
         path for path in attached.tied if set(attached.tied) & set(attached.sites)
     ]
     full = shortest_names(model, attached.full_modules) if attached.full_modules else None
-    return {
+    fields = {
         "peft_type": METHODS[config.kind].peft or _OWN + config.kind.upper().replace("-", "_"),
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
@@ -36,6 +36,9 @@ def to_peft(model: nn.Module, attached: Attachment, *, base: str | None) -> dict
         "ensure_weight_tying": bool(attached.tied),
         **module_of(config.kind).to_peft(model, config, sites),
     }
+    # PEFT warns of a field that its class of this method does not have.
+    lacks = getattr(module_of(config.kind), "PEFT_LACKS", ())
+    return {name: value for name, value in fields.items() if name not in lacks or value not in (None, False, "none")}
 
 
 def from_peft(config: Mapping[str, Any], folder: Path) -> AdapterConfig:

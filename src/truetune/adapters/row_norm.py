@@ -20,8 +20,9 @@ class RowNorm:
     """One layer's."""
 
     def __init__(self) -> None:
-        self._base: tuple[_State, Tensor] | None = None
-        self._whole: tuple[_State, Tensor] | None = None
+        self._squares: tuple[_State, Tensor] | None = None
+        self._norm: tuple[_State, Tensor] | None = None
+        self._ratio: tuple[_State, Tensor] | None = None
 
     def of(
         self,
@@ -41,17 +42,27 @@ class RowNorm:
         """
         frozen = _state(base.parameters(recurse=False))
         state = (scale, *frozen, *_state(trained))
-        if self._whole is None or self._whole[0] != state:
+        if self._norm is None or self._norm[0] != state:
             with torch.inference_mode(False), torch.no_grad():
                 dense = weight()
-                if self._base is None or self._base[0] != frozen:
-                    self._base = frozen, lowrank.squared_rows(dense)
-                self._whole = state, lowrank.row_norms(self._base[1], dense, *low_rank(), scale)
-        return self._whole[1]
+                if self._squares is None or self._squares[0] != frozen:
+                    self._squares = frozen, lowrank.squared_rows(dense)
+                self._norm = state, lowrank.row_norms(self._squares[1], dense, *low_rank(), scale)
+        return self._norm[1]
+
+    def ratio(self, magnitude: Tensor, norm: Tensor) -> Tensor:
+        """``ratio``, kept as well where it needs no gradient."""
+        if torch.is_grad_enabled() and magnitude.requires_grad:
+            return ratio(magnitude, norm)
+        state = _state((magnitude, norm))
+        if self._ratio is None or self._ratio[0] != state:
+            with torch.inference_mode(False), torch.no_grad():
+                self._ratio = state, ratio(magnitude, norm)
+        return self._ratio[1]
 
 
 def ratio(magnitude: Tensor, norm: Tensor) -> Tensor:
-    """m / |…|; m itself for a row of zeros, which has no direction and gives 0 whatever it is multiplied by."""
+    """m / |…|, [out]; m itself for a row of zeros, which has no direction and gives 0 whatever it is multiplied by."""
     return magnitude / torch.where(norm > 0, norm, 1)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from truetune.adapters.base import Change
+from truetune.adapters.base import Adapter, Change
 from truetune.adapters.inject import adapters, attachment
 from truetune.adapters.lora_embedding import TiedHead
 from truetune.errors import AdapterError
@@ -23,20 +23,28 @@ _ROOT = "base_model.model."
 
 def state(model: nn.Module) -> dict[str, Parameter]:
     """Key in PEFT's file → parameter, for everything that is trained beside or in the frozen base."""
-    owned, keys = set(), {}
-    for path, adapter in adapters(model):
-        for suffix, parameter in adapter.adapter_parameters():
-            keys[f"{_ROOT}{path}.{suffix}"] = parameter
-            owned.add(id(parameter))
+    made_of = {key_of(path, a, name): p for path, a in adapters(model) for name, p in a.makers()}
+    return {**_stored(model), **made_of}
+
+
+def _stored(model: nn.Module) -> dict[str, Parameter]:
+    """Those of them that are in an adapter's file."""
+    keys = {key_of(path, a, suffix): p for path, a in adapters(model) for suffix, p in a.adapter_parameters()}
+    owned = {id(p) for p in keys.values()} | {id(p) for _, a in adapters(model) for _, p in a.makers()}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in owned:
             keys[_ROOT + name.replace(".base.", ".base_layer.")] = parameter
     return keys
 
 
+def key_of(path: str, adapter: Adapter, suffix: str) -> str:
+    """The key of an adapter's tensor."""
+    return suffix if adapter.whole_keys else f"{_ROOT}{path}.{suffix}"
+
+
 def to_file(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of ``adapter_model.safetensors``: ``state``, what all layers share, and the tied head's copies."""
-    tensors = {key: p.detach().cpu().contiguous() for key, p in {**state(model), **_shared(model)}.items()}
+    """The tensors of ``adapter_model.safetensors``: what is trained, what layers share, and the tied head's copies."""
+    tensors = {key: p.detach().cpu().contiguous() for key, p in {**_stored(model), **_shared(model)}.items()}
     return tensors | {copy.key: copy.of(tensors).clone().contiguous() for copy in _tied_copies(model)}
 
 
@@ -77,7 +85,7 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> None
     Raises:
         AdapterError: they are not exactly those; then none was copied.
     """
-    expected = {**state(model), **_shared(model)}
+    expected = {**_stored(model), **_shared(model)}
     copies = _tied_copies(model)
     shapes = {key: p.shape for key, p in expected.items()}
     shapes |= {copy.key: copy.of(expected).shape for copy in copies}
@@ -128,15 +136,15 @@ def changes(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Change
     """
     result: dict[str, Change] = {}
     for path, adapter in adapters(model):
-        own = {suffix: tensors[f"{_ROOT}{path}.{suffix}"] for suffix, _ in adapter.adapter_parameters()}
+        own = {suffix: tensors[key_of(path, adapter, suffix)] for suffix, _ in adapter.adapter_parameters()}
         result |= {f"{path}.{name}": change for name, change in adapter.changes(own).items()}
     return result
 
 
 def replaced_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Name of a base parameter → the tensor the file holds in its place, for parts that were trained in full."""
-    own = {f"{_ROOT}{path}.{suffix}" for path, a in adapters(model) for suffix, _ in a.adapter_parameters()}
-    replaced = [key for key in state(model) if key not in own]
+    own = {key_of(path, a, suffix) for path, a in adapters(model) for suffix, _ in a.adapter_parameters()}
+    replaced = [key for key in _stored(model) if key not in own]
     return {key.removeprefix(_ROOT).replace(".base_layer.", "."): tensors[key] for key in replaced}
 
 

@@ -30,6 +30,7 @@ from truetune.ops.frozen import frozen_weight, is_conv1d, is_linear
 
 CHANGES_TABLE = False
 TRAINS: tuple[str, ...] = ()
+PEFT_LACKS = ("ensure_weight_tying",)
 
 _WITHOUT_EFFECT = ("fan_in_fan_out", "init_weights")
 

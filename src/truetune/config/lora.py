@@ -72,7 +72,7 @@ class LoRA(Targeted):
         for item in value:
             name, _, parts = item.rpartition("=")
             if not name or not re.fullmatch(r"(q|k|v|gate|up|\d+/\d+)(,(q|k|v|gate|up|\d+/\d+))*", parts):
-                raise ValueError(f"NAME=PART,PART with parts q, k, v, gate, up or 1/3")
+                raise ValueError("NAME=PART,PART with parts q, k, v, gate, up or 1/3")
         return value
 
     @property
@@ -84,6 +84,19 @@ class LoRA(Targeted):
     def alphas(self) -> dict[str, float]:
         """``alpha_pattern`` by name."""
         return {name: float(number) for name, _, number in (item.rpartition("=") for item in self.alpha_pattern)}
+
+    _start_in_file: bool = PrivateAttr(default=False)
+
+    @property
+    def start_in_file(self) -> bool:
+        """Whether an adapter that was read holds what its start took off the base."""
+        return self._start_in_file
+
+    def with_start_in_file(self) -> Self:
+        """The same settings, of an adapter whose file holds what its start took off the base."""
+        copy = self.model_copy(update={"init": "pissa"})
+        copy._start_in_file = True
+        return copy
 
     @property
     def parts(self) -> dict[str, tuple[str, ...]]:

@@ -58,9 +58,11 @@ class PTuning(AdapterConfig):
     virtual_tokens: int = option(
         20, help="trained positions in front of every text", group="tuning", alias=("num_virtual_tokens",), gt=0
     )
-    encoder: Literal["mlp", "lstm"] = option("mlp", help="the network that makes them", group="tuning")
+    encoder: Literal["mlp", "lstm", "none"] = option(
+        "mlp", help="the network that makes them (none: they are trained themselves)", group="tuning"
+    )
     encoder_hidden: int | None = option(
-        None, help="its width (default: the model's)", group="tuning", alias=("encoder_hidden_size",), gt=0
+        None, help="its width (default: that of what it makes)", group="tuning", alias=("encoder_hidden_size",), gt=0
     )
 
 
@@ -76,7 +78,7 @@ class Prefix(AdapterConfig):
         False, help="make them by a small network while training", group="tuning", alias=("prefix_projection",)
     )
     encoder_hidden: int | None = option(
-        None, help="its width (default: the model's)", group="tuning", alias=("encoder_hidden_size",), gt=0
+        None, help="its width (default: that of what it makes)", group="tuning", alias=("encoder_hidden_size",), gt=0
     )
 
 
@@ -89,10 +91,6 @@ class LlamaAdapter(AdapterConfig):
     adapter_layers: int | None = option(
         None, help="top layers that get them (default: all but the lowest two)", group="tuning", gt=0
     )
-    v2: bool = option(
-        False, help="train the norms, and a bias and scale on each linear map as well (arXiv:2304.15010)",
-        group="tuning",
-    )  # fmt: skip
 
 
 class Bottleneck(AdapterConfig):

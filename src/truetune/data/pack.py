@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ class Batch:
         targets: [n] int64, the token to predict there.
         examples: which examples it holds.
         keys: [B * T] int64, the counters that dropout derives from; None where nothing is dropped.
+        virtual: tokens in it that are no data.
     """
 
     input_ids: Tensor
@@ -37,11 +38,13 @@ class Batch:
     targets: Tensor
     examples: tuple[int, ...]
     keys: Tensor | None = None
+    virtual: int = 0
 
     @property
     def tokens(self) -> int:
-        """Real tokens, padding not counted."""
-        return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
+        """Tokens of the data: padding is not counted, nor are virtual tokens."""
+        real = self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
+        return real - self.virtual
 
     @property
     def trained(self) -> int:
@@ -90,7 +93,8 @@ def _neighbours(lengths: Sequence[int], order: Sequence[int], budget: int) -> li
 def collate(data: TokenSet, examples: Sequence[int], *, packing: bool) -> Batch:
     """The tensors of one micro-batch."""
     items = [data.example(i) for i in examples]
-    return _packed(items, tuple(examples)) if packing else _padded(items, tuple(examples))
+    batch = _packed(items, tuple(examples)) if packing else _padded(items, tuple(examples))
+    return replace(batch, virtual=data.virtual * len(items))
 
 
 def _predicting(trained: Tensor) -> Tensor:

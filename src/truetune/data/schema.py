@@ -82,12 +82,14 @@ class TokenSet:
         trained: [N] bool, True where the token is one to learn.
         offsets: [rows + 1] int64; example i is ``tokens[offsets[i]:offsets[i + 1]]``.
         origins: the row each example came from, length rows.
+        virtual: tokens at the start of every example that are no data.
     """
 
     tokens: Tensor
     trained: Tensor
     offsets: Tensor
     origins: Sequence[Origin] = field(default_factory=list)
+    virtual: int = 0
 
     @classmethod
     def from_lists(
@@ -123,6 +125,21 @@ class TokenSet:
         """Example ``index`` as ``(tokens [n] int32, trained [n] bool)`` views."""
         start, end = int(self.offsets[index]), int(self.offsets[index + 1])
         return self.tokens[start:end], self.trained[start:end]
+
+    def behind(self, ids: Sequence[int]) -> TokenSet:
+        """The same examples, each behind these ids, which carry no loss."""
+        count, rows = len(ids), len(self)
+        offsets = self.offsets + count * torch.arange(rows + 1)
+        is_virtual = torch.zeros(int(offsets[-1]), dtype=torch.bool)
+        is_virtual[(offsets[:-1, None] + torch.arange(count)).flatten()] = True
+        tokens = torch.empty(len(is_virtual), dtype=self.tokens.dtype)
+        tokens[is_virtual] = torch.tensor(ids, dtype=self.tokens.dtype).repeat(rows)
+        tokens[~is_virtual] = self.tokens
+        trained = torch.zeros(len(is_virtual), dtype=torch.bool)
+        trained[~is_virtual] = self.trained
+        if count:  # what had no predecessor has one now, which knows nothing of the text
+            trained[offsets[:-1][self.lengths > 0] + count] = False
+        return TokenSet(tokens, trained, offsets, self.origins, self.virtual + count)
 
     def ends(self) -> Tensor:
         """[m] int32: the last token of every trained stretch."""

@@ -96,7 +96,8 @@ def _changes(model: nn.Module, file: AdapterFile) -> dict[str, Change]:
         if name in changes:
             changes[name] = _checked(changes[name], copy, f"{file.folder}: the copy of {name} in it")
     return changes | {
-        name: _replacement(tensor) for name, tensor in tensors.replaced_tensors(model, file.tensors).items()
+        name: _replacement(tensor, changes.get(name))
+        for name, tensor in tensors.replaced_tensors(model, file.tensors).items()
     }
 
 
@@ -112,5 +113,6 @@ def _checked(change: Change, copy: Tensor, what: str) -> Change:
     return apply
 
 
-def _replacement(tensor: Tensor) -> Change:
-    return lambda weight: tensor.to(weight.dtype)
+def _replacement(tensor: Tensor, then: Change | None) -> Change:
+    """A part that was trained, and on top of that what an adapter does to it: a bias that is trained and scaled."""
+    return lambda weight: (then(tensor) if then else tensor).to(weight.dtype)

@@ -41,7 +41,9 @@ def side_contents(
     except (OSError, ValueError) as error:
         raise ModelError(f"{base / 'config.json'}: no readable config: {error}") from error
     if config_updates:
-        updated = {key: value for key, value in {**config, **config_updates}.items() if value is not None}
+        # A null of the base's own is a setting: what its class takes where there is none may be something else.
+        gone = {key for key, value in config_updates.items() if value is None}
+        updated = {key: value for key, value in {**config, **config_updates}.items() if key not in gone}
         files["config.json"] = (json.dumps(updated, indent=2, ensure_ascii=False) + "\n").encode()
     for name in extra_files:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or name.startswith("model"):

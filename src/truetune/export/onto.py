@@ -7,7 +7,7 @@ precision that packing took away, and differs from what was trained by just that
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,20 +31,41 @@ Onto = Literal["original", "dequantized"]
 
 @dataclass
 class Drift:
-    """How far merged weights are from the live model's, relative to these (Frobenius, over all packed layers)."""
+    """How far merged weights are from the live model's, relative to these (Frobenius, over all packed layers).
 
-    squared: float = 0.0
-    norm: float = 0.0
+    Attributes:
+        again: what the merged weights are packed to afterwards, if they are.
+        paths: the layers that this packs.
+        dtype: that it packs them from.
+    """
 
-    def add(self, merged: Tensor, live: Tensor) -> None:
-        """One weight."""
-        self.squared += float((merged.float() - live).square_().sum())
-        self.norm += float(live.square().sum())
+    again: QuantRecipe | None = None
+    paths: Collection[str] = ()
+    dtype: torch.dtype = torch.float32
+    _squared: float = 0.0
+    _repacked: float = 0.0
+    _norm: float = 0.0
+
+    def add(self, site: _Site, merged: Tensor, live: Tensor) -> None:
+        """One weight, as its layer stores it; ``live`` in float32."""
+        self._norm += float(live.square().sum())
+        self._squared += float((merged.float() - live).square_().sum())
+        if self.again:
+            if site.path in self.paths:
+                layer = quantised(site.layer, self.again, site.path, dtype=self.dtype)
+                layer.pack(merged)
+                merged = _as_stored(layer, site.layer)
+            self._repacked += float((merged.float() - live).square_().sum())
 
     @property
     def relative(self) -> float:
         """|merged - live| / |live|."""
-        return (self.squared / self.norm) ** 0.5 if self.norm else 0.0
+        return (self._squared / self._norm) ** 0.5 if self._norm else 0.0
+
+    @property
+    def repacked(self) -> float | None:
+        """The same of the weights as they are packed again."""
+        return (self._repacked / (self._norm or 1.0)) ** 0.5 if self.again else None
 
 
 @dataclass(frozen=True)
@@ -140,7 +161,7 @@ def _edit(site: _Site, recipe: QuantRecipe, onto: Onto, dtype: torch.dtype, drif
             merged = live.to(weight.dtype)
         else:
             merged = site.change(weight) if site.change else weight
-        drift.add(merged, live)
+        drift.add(site, merged, live)
         return merged
 
     return apply
@@ -153,7 +174,7 @@ def _dense(
     layer.fill({suffix: view(entry) for suffix, entry in own.items()})
     live = site.live(_as_stored(layer, site.layer))
     merged = live.to(dtype)
-    drift.add(merged, live)
+    drift.add(site, merged, live)
     return merged
 
 

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from truetune.adapters.virtual import virtual_ids
+
 
 class Decoder(Protocol):
     """What turns ids into text."""
@@ -81,6 +83,8 @@ def _generate(
     model: Any, prompts: Sequence[Sequence[int]], *, stop_ids: frozenset[int], sampling: Sampling, streamer: Any
 ) -> list[list[int]]:
     torch.manual_seed(sampling.seed)
+    own = virtual_ids(model)
+    prompts = [[*own, *prompt] for prompt in prompts]
     width = max(map(len, prompts))
     pad = min(stop_ids, default=0)
     # Padding goes to the left: every answer then starts in the same column.

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from truetune.adapters.lora import projection_group
+from truetune.adapters.prefix_linear import with_prefix
+from truetune.adapters.virtual import Places, placed, places_in_force
 from truetune.models.attention import AttentionSettings, row
 from truetune.models.families import DecoderParts
 from truetune.ops import buffers
@@ -51,14 +53,14 @@ class FusedLayer:
             keys = current_keys(hidden_states.shape[1], hidden_states.device)
             is_again = chain((False,), repeat(True))
             return checkpoint(
-                self._keyed, is_again, keys, hidden_states, rotary, packed.lengths, columns,
+                self._keyed, is_again, keys, places_in_force(), hidden_states, rotary, packed.lengths, columns,
                 use_reentrant=False, preserve_rng_state=False,
             )  # fmt: skip
         return self._forward(hidden_states, rotary, packed.lengths, columns)
 
-    def _keyed(self, is_again: Iterator[bool], keys: Tensor, *args: Any) -> Tensor:
+    def _keyed(self, is_again: Iterator[bool], keys: Tensor, places: Places | None, *args: Any) -> Tensor:
         """The backward runs this a second time, when the counters of the tokens are no longer those in force."""
-        with keyed(keys):
+        with keyed(keys), placed(places):
             return self._forward(*args, is_again=next(is_again))
 
     def _forward(
@@ -72,7 +74,8 @@ class FusedLayer:
     ) -> Tensor:
         parts, x = self.parts, hidden[0]
         flat = project(_group(x, parts.q, parts.k, parts.v), x, source=parts.input_norm, keep=self.keep)
-        q, k, v = (y.view(len(x), -1, parts.head_dim) for y in flat)
+        rows = (with_prefix(m, y) for m, y in zip((parts.q, parts.k, parts.v), flat, strict=True))
+        q, k, v = (y.view(len(x), -1, parts.head_dim) for y in rows)
         mixed = self._attend(q, k, v, rotary, lengths)
         if columns is None:
             return self._rest(x, mixed, is_again)[None]
@@ -142,11 +145,11 @@ class Recomputed:
         """As the layer's."""
         if not torch.is_grad_enabled():
             return self.own(*args, **kwargs)
-        return checkpoint(self._keyed, keys_in_force(), *args, use_reentrant=False, **kwargs)
+        return checkpoint(self._keyed, keys_in_force(), places_in_force(), *args, use_reentrant=False, **kwargs)
 
-    def _keyed(self, keys: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+    def _keyed(self, keys: Tensor | None, places: Places | None, *args: Any, **kwargs: Any) -> Any:
         """The backward runs this a second time, when the counters of the tokens are no longer those in force."""
-        with keyed(keys):
+        with keyed(keys), placed(places):
             return self.own(*args, **kwargs)
 
 

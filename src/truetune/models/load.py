@@ -73,6 +73,19 @@ def check_readable(name: str, config: Any) -> QuantRecipe | None:
     )
 
 
+def packing(name: str, config: Any, quant: QuantRecipe | None) -> QuantRecipe | None:
+    """How a base's linear layers are packed once it is loaded: by its files, or as ``quant`` asks; None for dense ones.
+
+    Raises:
+        ConfigError: both.
+        ModelError: as ``check_readable``.
+    """
+    stored = check_readable(name, config)
+    if stored and quant:
+        raise ConfigError(f"--quant {quant.kind}: {name} is quantised already ({stored})", ("way out", "leave it out"))
+    return stored or quant
+
+
 def check_dense(name: str, config: Any) -> None:
     """Refuse a base whose weights are stored quantised.
 
@@ -120,16 +133,13 @@ def load_model(
         ModelError: not found, unreadable, quantised, code needed, or a checkpoint whose tensors do not fit the model.
     """
     config = config if config is not None else load_config(name, revision=revision)
-    stored = check_readable(name, config)
-    if stored and quant:
-        raise ConfigError(f"--quant {quant.kind}: {name} is quantised already ({stored})", ("way out", "leave it out"))
-    if recipe := stored or quant:
+    if recipe := packing(name, config, quant):
         folder = local_copy(name, revision=revision)
         check_weights(folder)
         if quant:
             check_dense_files(folder)
         with explained(name), quiet():
-            model, info = load_quantised(folder, config, recipe, dtype=dtype, is_packed=stored is not None)
+            model, info = load_quantised(folder, config, recipe, dtype=dtype, is_packed=quant is None)
             _cap_scores(model)
     else:
         model, info = _load_dense(name, config, dtype, revision)
@@ -309,16 +319,22 @@ def context_length(config: Any) -> int | None:
     return None
 
 
-def usable_length(config: Any, asked: int | None) -> int:
+def usable_length(config: Any, asked: int | None, *, virtual: int = 0) -> int:
     """The longest example to train on: what was asked for, else the model's context, at most ``DEFAULT_LENGTH``.
 
+    Args:
+        virtual: positions that the tuning method takes for itself in front of every example.
     Raises:
         ConfigError: more than the model's context; it would be trained on positions it has never seen, or has none for.
     """
-    context = context_length(config)
+    whole = context_length(config)
+    context = whole and max(whole - virtual, 0)
+    if whole and not context:
+        raise ConfigError(f"--virtual-tokens {virtual}: the model was made for at most {whole:,} tokens")
     if asked and context and asked > context:
+        beside = f", and --virtual-tokens takes {virtual}" if virtual else ""
         raise ConfigError(
-            f"--max-length {asked}: the model was made for at most {context:,} tokens (max_position_embeddings)",
+            f"--max-length {asked}: the model was made for at most {whole:,} tokens (max_position_embeddings){beside}",
             ("way out", f"--max-length {context}; or raise it in config.json, if the model is known to stand that"),
         )
     return asked or min(context or DEFAULT_LENGTH, DEFAULT_LENGTH)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ def load_quantised(
     entries = open_index(folder)
     cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     config = dense_config(config)
-    prefix = cls.base_model_prefix
+    prefix, lost = cls.base_model_prefix, set[str]()
     if is_packed:
         named = _checked_weights(folder, entries, recipe)
         shapes = dict[str, torch.Size]()
@@ -116,10 +116,13 @@ def load_quantised(
 
         def prepare(model: PreTrainedModel) -> None:
             paths = quantisable(model, recipe)
-            to_pack.update(n for p in paths if (n := name_in_checkpoint(f"{p}.weight", entries, prefix)))
+            names = {path: name_in_checkpoint(f"{path}.weight", entries, prefix) for path in paths}
+            to_pack.update(name for name in names.values() if name)
+            lost.update(path for path, name in names.items() if not name)
             replace(model, recipe, paths, dtype=dtype)
 
-    model, info = _from_state(cls, config, state, prepare, dtype)
+    with _absent_named(lost):
+        model, info = _from_state(cls, config, state, prepare, dtype)
     if is_packed:
         _fill(model, entries, named, prefix)
     if (folder / "generation_config.json").is_file():
@@ -160,6 +163,26 @@ def _one_by_one() -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
+
+
+@contextlib.contextmanager
+def _absent_named(lost: Collection[str]) -> Iterator[None]:
+    """The loader fills what is in no file with whatever the memory holds, which need not be finite numbers.
+
+    Args:
+        lost: paths of layers whose weights are in the files under no name of theirs.
+    """
+    try:
+        yield
+    except QuantizationError as error:
+        path = error.message.partition(":")[0]
+        if path not in lost:
+            raise
+        raise ModelError(
+            "--model: the weights do not fill the model that its config.json describes",
+            ("missing", f"{path}.weight"),
+            ("way out", "fetch the checkpoint again, or correct its config.json"),
+        ) from None
 
 
 def dense_config(config: Any) -> Any:

@@ -30,6 +30,7 @@ from truetune.models.fused import FusedLayer, standing_in
 from truetune.models.layers import decoder, decoder_layers, head_of
 from truetune.models.load import quiet
 from truetune.ops.loss import Head
+from truetune.quant.linear8bit import unrounded
 
 _PROBED_WINDOW = 512  # beyond this, a text longer than the window costs more to try than it could still show
 _MISFITS = (ValueError, TypeError, RuntimeError, AttributeError, IndexError, KeyError)
@@ -79,7 +80,7 @@ def survey(model: PreTrainedModel, *, longest: int | None = None) -> Survey:
     learning = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad(), quiet():
+        with torch.no_grad(), quiet(), unrounded():
             alone, scores = _alone(model, layers, texts)
             core, head = _head(model, alone, scores)
             with segmented(model), set_to(witness, seen):

@@ -45,7 +45,7 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scale = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
     for rows in _chunks(len(weight), weight.shape[1], 1):
-        half = weight[rows].detach().to(torch.float16)
+        half = weight[rows].detach().to(_wide(weight.dtype)).to(torch.float16)  # twice as fast as at once
         codes[rows], scale[rows], _ = _quantized(half.float(), math.inf)
         if not bool(scale[rows].isfinite().all()):
             bad = ~half.isfinite()
@@ -125,7 +125,8 @@ def quantize_activation(x: Tensor, threshold: float = THRESHOLD) -> Activation:
         native.unblocked(stored)[:, :, columns // native.STEP, columns % native.STEP] = 0
     elif len(columns):
         stored[:, columns] = 0
-    return Activation(stored, scale, columns, x[:, columns], x.shape[1], blocked)
+    values = x[:, columns] if len(columns) else x.new_empty(len(x), 0)
+    return Activation(stored, scale, columns, values, x.shape[1], blocked)
 
 
 def linear(

@@ -22,21 +22,23 @@ def moment_map(signed: bool, device: torch.device) -> Tensor:
 def nearest_entries(signed: bool, device: torch.device) -> Tensor:
     """[65536] int32: an entry for each upper half of a float's bits. Not to be written to.
 
-    No two thresholds (the middles between neighbouring values of the map) lie among the floats of an entry. It is
-    (code << 16) + k, where k is such that adding the lower half of a positive float carries into the code exactly
-    beyond the threshold; of a negative float, the lower half is subtracted and borrows. A value in the middle takes the
-    lower code.
+    Let y be a float's bits, all of them flipped where it is negative: within a sign, y grows with the float. The code
+    nearest to it is (entry + y) >> 16. For no two thresholds (the middles between neighbouring values of the map) lie
+    among the floats of one entry, and it is such that adding y carries into the code exactly beyond the threshold. A
+    value in the middle takes the lower code.
     """
     values = codebooks.dynamic(signed=signed)
     thresholds = (values[:-1] + values[1:]) / 2
-    low = torch.arange(1 << 16, dtype=torch.int64) << 16
-    first, last = (_below(bits, thresholds) for bits in (low, low | 0xFFFF))
-    assert int((last - first).abs().max()) <= 1
-    negative = low >= 1 << 31
-    threshold = thresholds.view(torch.int32)[torch.maximum(first, last).clamp_min(1) - 1].long() & 0xFFFF
-    within = torch.where(negative, threshold - 1, 0xFFFF - threshold)
-    none = torch.where(negative, 0xFFFF, 0)
-    return ((first << 16) + torch.where(first == last, none, within)).to(device, torch.int32)
+    upper = torch.arange(1 << 16)
+    flipped = torch.where(upper >= 1 << 15, 0xFFFF_FFFF, 0)
+    start = (upper << 16) ^ (flipped & 0xFFFF_0000)  # the least y of an entry
+    lowest, highest = (_below((start | end) ^ flipped, thresholds) for end in (0, 0xFFFF))
+    assert int((highest - lowest).min()) == 0
+    assert int((highest - lowest).max()) == 1
+    bits = thresholds.view(torch.int32)[lowest.clamp_max(254)]
+    beyond = 0xFFFF - ((bits ^ (bits >> 31)) & 0xFFFF)
+    entries = (lowest << 16) - start + torch.where(lowest == highest, 0, beyond)
+    return entries.to(device, torch.int32)
 
 
 def _below(bits: Tensor, thresholds: Tensor) -> Tensor:
@@ -57,14 +59,13 @@ def encode_(codes: Tensor, absmax: Tensor, values: Tensor, *, signed: bool, bloc
     n = len(values)
     blocks = torch.nn.functional.pad(values, (0, -n % blocksize)) if n % blocksize else values
     blocks = blocks.view(-1, blocksize)
-    torch.amax(blocks.abs(), 1, out=absmax)
+    torch.amax(blocks.abs() if signed else blocks, 1, out=absmax)
     bits = (blocks * (1.0 / absmax.clamp_min(_LEAST))[:, None]).view(-1)[:n].view(torch.int32)
-    low = bits & 0xFFFF
+    upper = bits >> 16
     if signed:
-        sign = bits >> 31
-        low.bitwise_xor_(sign).sub_(sign)
-    entries = nearest_entries(signed, values.device).index_select(0, (bits >> 16).bitwise_and_(0xFFFF))
-    codes.copy_(entries.add_(low).bitwise_right_shift_(16))
+        upper.bitwise_and_(0xFFFF)
+        bits = (bits >> 31).bitwise_xor_(bits)
+    codes.copy_(nearest_entries(signed, values.device).index_select(0, upper).add_(bits).bitwise_right_shift_(16))
 
 
 def decoded(codes: Tensor, absmax: Tensor, *, signed: bool, blocksize: int) -> Tensor:

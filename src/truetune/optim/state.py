@@ -85,6 +85,8 @@ def _checked(
     if not isinstance(absmax, Tensor) or tuple(absmax.shape) != expected:
         found = list(absmax.shape) if isinstance(absmax, Tensor) else "nothing"
         raise _refused(f"absmax{number}: found {found}, expected {list(expected)} for blocks of {blocksize}")
+    if not bool((absmax.isfinite() & (absmax >= 0)).all()):
+        raise _refused(f"absmax{number} has values that no magnitude has")
     if isinstance(qmap, Tensor) and not torch.equal(qmap.cpu(), moment_map(signed, torch.device("cpu"))):
         raise _refused(f"qmap{number} is not the {'signed' if signed else 'unsigned'} dynamic map")
     return absmax

@@ -93,14 +93,6 @@ def packed4_of(tensors: Mapping[str, Tensor], path: str) -> Packed4:
     if f"{STATE}{kind}" != state or kind not in ("nf4", "fp4"):
         raise QuantizationError(f"{name}: quantised as {kind!r}", ("expected", "nf4 or fp4"))
     _check_map(tensors, ".quant_map", codebooks.four_bit(kind), name)
-    nested = None
-    if ".nested_absmax" in tensors:
-        _check_map(tensors, ".nested_quant_map", codebooks.dynamic(signed=True), name)
-        if facts.get("nested_blocksize") != NESTED_BLOCK:
-            raise QuantizationError(f"{name}: scales quantised in blocks of {facts.get('nested_blocksize')}, not 256")
-        nested = Nested(
-            tensors[".absmax"], tensors[".nested_absmax"].float(), torch.tensor(facts["nested_offset"]).float()
-        )
     codes = tensors[""].contiguous().view(torch.uint8).view(-1)
     values = shape[0] * shape[1] if len(shape) == 2 else -1
     blocks = -(-values // blocksize)
@@ -109,9 +101,29 @@ def packed4_of(tensors: Mapping[str, Tensor], path: str) -> Packed4:
             f"{name}: {len(codes):,} bytes of codes and {tensors['.absmax'].numel():,} scales",
             ("expected", f"{-(-values // 2):,} and {blocks:,} for {list(shape)} in blocks of {blocksize}"),
         )
+    nested = _nested_of(tensors, facts, blocks, name)
     absmax = None if nested else tensors[".absmax"].float()
     return Packed4(codes=codes, absmax=absmax, nested=nested, kind=kind, blocksize=blocksize, shape=shape,
                    dtype=getattr(torch, facts["dtype"]))  # fmt: skip
+
+
+def _nested_of(tensors: Mapping[str, Tensor], facts: Mapping[str, Any], blocks: int, name: str) -> Nested | None:
+    if (".nested_absmax" in tensors) != ("nested_offset" in facts):
+        raise QuantizationError(
+            f"{name}: not a whole 4-bit weight: its scales are quantised",
+            ("expected", "weight.nested_absmax, and a nested_offset in its quantisation state"),
+        )
+    if "nested_offset" not in facts:
+        return None
+    _check_map(tensors, ".nested_quant_map", codebooks.dynamic(signed=True), name)
+    absmax, size, offset = tensors[".nested_absmax"].float(), facts.get("nested_blocksize"), facts["nested_offset"]
+    if size != NESTED_BLOCK:
+        raise QuantizationError(f"{name}: scales quantised in blocks of {size}, not {NESTED_BLOCK}")
+    if absmax.numel() != -(-blocks // NESTED_BLOCK):
+        raise QuantizationError(
+            f"{name}: {absmax.numel():,} scales of scales", ("expected", f"{-(-blocks // NESTED_BLOCK):,}")
+        )
+    return Nested(tensors[".absmax"], absmax, torch.tensor(float(offset)))
 
 
 def _facts(state: Tensor, name: str) -> dict[str, Any]:
@@ -119,8 +131,10 @@ def _facts(state: Tensor, name: str) -> dict[str, Any]:
         facts: dict[str, Any] = json.loads(bytes(state.tolist()))
         if not isinstance(getattr(torch, facts["dtype"]), torch.dtype):
             raise TypeError("dtype")
-        _ = facts["quant_type"], len(facts["shape"]), 1 // facts["blocksize"]
-    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        if not all(type(size) is int and size > 0 for size in (facts["blocksize"], *facts["shape"])):
+            raise ValueError(f"sizes {facts['shape']} in blocks of {facts['blocksize']}")
+        _ = facts["quant_type"], float(facts.get("nested_offset", 0))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise QuantizationError(
             f"{name}: its quantisation state is no JSON that bitsandbytes writes: {error}"
         ) from None

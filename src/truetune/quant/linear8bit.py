@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +13,25 @@ from torch import Tensor, nn
 
 from truetune.errors import QuantizationError
 from truetune.ops import buffers, int8
+from truetune.ops.frozen import FrozenLinear
 from truetune.quant.base import QuantLinear
+
+
+_dense_products: ContextVar[bool] = ContextVar("dense_products", default=False)
+
+
+@contextlib.contextmanager
+def unrounded() -> Iterator[None]:
+    """Inside, inputs are not rounded to 8 bits: products are those with the dense weight.
+
+    For comparing two ways through a model: an input's last bit can decide what it is rounded to, and the outliers of
+    one row which columns of the others are.
+    """
+    token = _dense_products.set(True)
+    try:
+        yield
+    finally:
+        _dense_products.reset(token)
 
 
 @dataclass(frozen=True)
@@ -45,6 +65,8 @@ class FrozenLinear8bit:
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """[n, in] -> [n, out]: x Wᵀ + bias, x quantised by rows but for its outlier columns."""
+        if _dense_products.get():
+            return FrozenLinear(self.dense(), transposed=False).matmul(x, bias)
         return int8.linear(x, self.codes, self.scale, bias, threshold=self.threshold)
 
     def matmul_t(self, g: Tensor, into: Tensor | None = None) -> Tensor:

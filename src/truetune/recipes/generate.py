@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from truetune.adapters import files
+from truetune.adapters.virtual import virtual_ids
 from truetune.config.generate import GenerateConfig
 from truetune.config.resolve import Resolved
 from truetune.data.schema import Message
@@ -73,7 +74,7 @@ def run(resolved: Resolved[GenerateConfig]) -> dict[str, Any]:
 
 def _check_prompt(ids: Sequence[int], speaker: Speaker) -> None:
     """What the model could not take in would end in the middle of its arithmetic."""
-    context, vocabulary = load.context_length(speaker.model.config), speaker.model.get_input_embeddings().num_embeddings
+    context, vocabulary = _context(speaker), len(speaker.model.get_input_embeddings().weight)
     if not ids:
         raise ConfigError("--prompt is empty, and this model starts a text with no token of its own")
     if context and len(ids) >= context:
@@ -88,10 +89,16 @@ def _check_prompt(ids: Sequence[int], speaker: Speaker) -> None:
 
 def _longest_answer(asked: int, ids: Sequence[int], speaker: Speaker) -> tuple[int, str]:
     """``(tokens, what sets this limit)``: behind its context a model has no positions, or none that it knows."""
-    context = load.context_length(speaker.model.config)
+    context = _context(speaker)
     if context and len(ids) + asked > context:
         return context - len(ids), f"the model's context of {context:,} tokens"
     return asked, f"--max-new-tokens {asked}"
+
+
+def _context(speaker: Speaker) -> int | None:
+    """The tokens that the model has positions for, without those that its adapter takes."""
+    whole = load.context_length(speaker.model.config)
+    return whole and whole - len(virtual_ids(speaker.model))
 
 
 def load_speaker(config: GenerateConfig, screen: Screen) -> Speaker:
@@ -107,7 +114,7 @@ def load_speaker(config: GenerateConfig, screen: Screen) -> Speaker:
     if file is not None:
         base = load.local_copy(config.model, revision=config.revision)
         check_base(file, config.model, base, allow_other=config.allow_other_base)
-        if remark := packing_remark(file, load.check_readable(config.model, model_config) or config.recipe()):
+        if remark := packing_remark(file, load.packing(config.model, model_config, config.recipe())):
             screen.note(remark)
     card = file.card if file else {}
     template = _template(config.template, card, tokenizer, screen)

@@ -21,7 +21,7 @@ from truetune.models.families import decoder_parts
 from truetune.models.layers import decoder_layers
 from truetune.models.precision import name_of
 from truetune.recipes.setup import Setup
-from truetune.train.estimate import Estimate, estimate_memory
+from truetune.train.estimate import Estimate, estimate_memory, text_shape
 from truetune.train.memory import resident_mb
 
 # Share of the free memory that a plan may count on.
@@ -100,7 +100,7 @@ def memory_plan(
     at = partial(at, streamed=True, copied=copied or 0.0)
     streamed = replace(_least(setup, at, len(layers), limit), streamed=True)
     if streamed.estimate.total > limit:
-        raise _too_little(setup, partial(at, **_how(streamed)), streamed.estimate, micro_tokens)
+        raise _too_little(setup, at, streamed, micro_tokens)
     return streamed
 
 
@@ -193,7 +193,7 @@ def _check_streamable(setup: Setup, model: Any, resident: Estimate, copied: floa
         if not load.check_readable(config.model, setup.model_config):
             ways.append(f"{_quantize(setup, 'nf4')}, and --model {_packed_name(setup)}")
         raise ModelError(
-            f"{short}{_gb(copied)} of that lie on disk {reason}: what stays there must lie there as it is used",
+            f"{short}{_gb(copied)} of that lies on disk {reason}: what stays there must lie there as it is used",
             ("way out", "\n".join([*ways, more])),
         )
 
@@ -223,19 +223,22 @@ def _packed_name(setup: Setup) -> str:
     return f"{Path(setup.config.model).name}-{kind}"
 
 
-def _too_little(setup: Setup, at: At, least: Estimate, micro_tokens: int) -> ModelError:
+def _too_little(setup: Setup, at: At, plan: MemoryPlan, micro_tokens: int) -> ModelError:
     """What a streamed run takes at least, and which setting would bring it under the limit."""
-    limit = cast(float, setup.config.memory_limit_mb)
+    config, least, limit = setup.config, plan.estimate, cast(float, setup.config.memory_limit_mb)
     longest = int(setup.prepared.train.lengths.max())
+    again = {"recompute": "cheap", "full_layers": text_shape(setup.model_config)["layers"] - 1}
     counts = range(_TOKENS, micro_tokens, _TOKENS)
-    fitting = bisect_left(counts, True, key=lambda tokens: at(micro_tokens=tokens).total > limit)
+    fitting = bisect_left(counts, True, key=lambda tokens: at(micro_tokens=tokens, **_how(plan)).total > limit)
     tokens = counts[fitting - 1] if fitting else 0
     ways = []
+    if config.recompute != "auto" and at(**again).total <= limit:
+        ways.append("--recompute auto")
     if tokens >= longest:
         ways.append(f"--micro-tokens {tokens}")
     elif tokens:
         ways.append(f"--max-length {tokens} --micro-tokens {tokens}: the longest row has {longest:,} tokens")
-    elif not load.check_readable(setup.config.model, setup.model_config):
+    if least.weights > least.total - limit and not load.check_readable(config.model, setup.model_config):
         ways.append(f"{_quantize(setup, 'nf4')}, and --model {_packed_name(setup)}")
     parts = {
         "the process itself": least.process,
@@ -244,7 +247,7 @@ def _too_little(setup: Setup, at: At, least: Estimate, micro_tokens: int) -> Mod
         f"activations of {micro_tokens:,} tokens": least.activations,
     }
     return ModelError(
-        f"--max-memory {setup.config.max_memory}: this run takes {_gb(least.total)}, though its base stays on disk",
+        f"--max-memory {config.max_memory}: this run takes {_gb(least.total)}, though its base stays on disk",
         ("of that", ", ".join(f"{_gb(size)} {what}" for what, size in parts.items())),
         ("way out", "\n".join([*ways, f"--max-memory {_gb(least.total, up=True)}"])),
     )

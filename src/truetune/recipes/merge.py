@@ -16,6 +16,7 @@ from truetune.data.template import with_default_system
 from truetune.errors import ModelError
 from truetune.export.merge import merge_checkpoint
 from truetune.export.new_folder import check_out
+from truetune.export.onto import Drift
 from truetune.export.quantize import quantize_checkpoint
 from truetune.models import load
 from truetune.recipes.adapter import check_base
@@ -55,7 +56,7 @@ def run(resolved: Resolved[MergeConfig]) -> dict[str, Any]:
             progress=progress,
         )
     if recipe:
-        _pack(dense, out, recipe, config, screen)
+        _pack(dense, out, recipe, config, screen, drift=plan.drift)
     screen.say("done", f"{config.out}: {report.nbytes / 1e6:,.0f} MB, {report.edited + report.added} tensors changed, "
                f"{report.copied} copied as they are · peak {peak_mb():,.0f} MB")  # fmt: skip
     if plan.drift:
@@ -65,6 +66,7 @@ def run(resolved: Resolved[MergeConfig]) -> dict[str, Any]:
         "out": config.out,
         "onto": plan.onto,
         "drift": plan.drift.relative if plan.drift else None,
+        "drift_packed": plan.drift.repacked if plan.drift else None,
         "changed": report.edited + report.added,
         "copied": report.copied,
         "bytes": report.nbytes,
@@ -72,7 +74,9 @@ def run(resolved: Resolved[MergeConfig]) -> dict[str, Any]:
     }
 
 
-def _pack(dense: Path, out: Path, recipe: QuantRecipe, config: MergeConfig, screen: Screen) -> None:
+def _pack(
+    dense: Path, out: Path, recipe: QuantRecipe, config: MergeConfig, screen: Screen, *, drift: Drift | None
+) -> None:
     """Pack the merged model, and remove the dense one that was written on the way."""
     try:
         model_config = load.load_config(str(dense))
@@ -90,8 +94,9 @@ def _pack(dense: Path, out: Path, recipe: QuantRecipe, config: MergeConfig, scre
             )
     finally:
         shutil.rmtree(dense, ignore_errors=True)
-    screen.note(f"packed again ({recipe}): {report.nbytes / 1e6:,.0f} MB, which changed the merged weights by "
-                f"{report.relative_error:.1%} of their norm")  # fmt: skip
+    far = f"; they are within {drift.repacked:.2%} of the model as it was trained" if drift and drift.repacked else ""
+    screen.note(f"packed ({recipe}): {report.nbytes / 1e6:,.0f} MB, which changed the merged weights by "
+                f"{report.relative_error:.1%} of their norm{far}")  # fmt: skip
 
 
 def _extra_files(base: Path, file: files.AdapterFile) -> dict[str, bytes | Path]:

@@ -47,13 +47,14 @@ def plan_merge(config: MergeConfig, file: files.AdapterFile, base: Path, model_c
     recipe = stored or trained_on
     paths = [path for path, _ in linear_layers(model)] if stored else quantisable(model, recipe) if recipe else []
     layers = {path: model.get_submodule(path) for path in paths}
+    again = config.recipe()
+    drift = Drift(again, quantisable(model, again) if again else (), load.checkpoint_dtype(model_config))
     files.load(model, file)
     changes = fold(model, file, entries, prefix=prefix)
     _check_onto(config, stored, trained_on)
     if recipe is None:
         check_plain(file, changes, entries)
         return MergePlan(changes)
-    drift = Drift()
     if stored and stored_packed(entries):
         edits, drop = unpacked(changes.edits, layers, entries, stored, dtype=dtype, prefix=prefix, drift=drift)
         updates = {**changes.config, "quantization_config": None}

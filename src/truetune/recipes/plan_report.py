@@ -7,6 +7,7 @@ from typing import Any
 
 from truetune.adapters.inject import tune
 from truetune.adapters.partial import at_once
+from truetune.adapters.virtual import virtual_ids
 from truetune.checkpoint.atomic import write_text
 from truetune.config.adapter import AdapterConfig
 from truetune.config.methods import METHODS
@@ -43,7 +44,7 @@ def outline(setup: Setup, screen: Screen) -> dict[str, Any]:
     if recipe := stored_as(setup):
         load.plan_quantised(model, recipe, dtype=setup.precision.storage)
     copied = copied_mb(setup, model) if config.max_memory else None
-    sites = tune(model, config.adapter(), seed=config.seed)
+    sites = tune(model, config.adapter(), seed=config.seed, prompt_ids=setup.prompt_ids)
     with at_once(model, config.adapter(), seed=config.seed):
         return _planned(setup, model, screen, base=base, sites=len(sites), copied=copied)
 
@@ -56,8 +57,9 @@ def _planned(
     everything, trained = count_parameters(model)
     _say_model(setup, screen, base=base, trained=trained, sites=sites)
     plan = StepPlan.build(
-        prepared.train, batch_size=config.batch_size, micro_tokens=default_micro_tokens(setup), seed=config.seed,
-        packing=config.packing is not False, epochs=config.epochs, max_steps=config.max_steps,
+        prepared.train.behind(virtual_ids(model)), batch_size=config.batch_size, seed=config.seed,
+        micro_tokens=default_micro_tokens(setup), packing=config.packing is not False, epochs=config.epochs,
+        max_steps=config.max_steps,
     )  # fmt: skip
     share = prepared.report["trained_tokens"] / max(1, prepared.report["tokens"])
     available = available_mb(setup.device)
@@ -175,6 +177,8 @@ def describe_method(config: AdapterConfig, sites: int | None = None) -> str:
         return (
             f"{config.lisa_layers} layers at a time beside embeddings and head, drawn every {config.lisa_every} steps"
         )
+    if hasattr(config, "virtual_tokens"):
+        return facts  # on how many layers they are kept says nothing
     if METHODS[config.kind].result == "model":
         return "weights of the base"
     return " ".join(filter(None, (facts, f"on {sites} layers" if sites else "")))
@@ -182,7 +186,7 @@ def describe_method(config: AdapterConfig, sites: int | None = None) -> str:
 
 def stored_as(setup: Setup) -> QuantRecipe | None:
     """How the base's linear layers are packed: by the checkpoint, or by ``--quant``."""
-    return load.check_readable(setup.config.model, setup.model_config) or setup.config.recipe()
+    return load.packing(setup.config.model, setup.model_config, setup.config.recipe())
 
 
 def _say_data(setup: Setup, screen: Screen) -> None:

@@ -28,3 +28,9 @@ class Setup:
     precision: Precision
     device: str
     facts: dict[str, Any]
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """The ids of the text that virtual tokens start from, where one is given."""
+        text = getattr(self.config.adapter(), "prompt_text", None)
+        return self.tokenizer.encode([text])[0] if text else []

@@ -13,6 +13,7 @@ import torch
 
 from truetune.adapters.inject import tune
 from truetune.adapters.methods import trained_parts
+from truetune.adapters.virtual import virtual_ids
 from truetune.checkpoint import run_state
 from truetune.checkpoint.run_state import Progress
 from truetune.config.resolve import Resolved
@@ -68,7 +69,7 @@ def run_training(resolved: Resolved[Any], prepare: Prepare, *, screen: Screen | 
         quant=setup.config.recipe(),
         warn=screen.warn,
     )
-    tune(model, setup.config.adapter(), seed=setup.config.seed)
+    tune(model, setup.config.adapter(), seed=setup.config.seed, prompt_ids=setup.prompt_ids)
     with locked(setup.folder), memory_plan.streamed(setup, model, is_streamed=outline["streamed"]):
         start(setup.folder, resolved)
         write_rejects(setup.folder.path / "data" / "rejects.jsonl", setup.prepared.rejects)
@@ -88,7 +89,8 @@ def _set_up(resolved: Resolved[Any], prepare: Prepare, screen: Screen) -> Setup:
     if stored and config.trains_model:
         load.check_dense(config.model, model_config)
     tokenizer = ChatTokenizer.load(config.model, revision=config.revision)
-    max_length = load.usable_length(model_config, config.max_length)
+    virtual = getattr(config.adapter(), "virtual_tokens", 0)
+    max_length = load.usable_length(model_config, config.max_length, virtual=virtual)
     facts = resume.facts_of(folder.checkpoint)
     prepared = prepare(config, tokenizer, max_length=max_length, screen=screen, date=facts.get("date"))
     precision = choose_precision(
@@ -121,7 +123,8 @@ def _plan(setup: Setup, model: Any, outline: dict[str, Any], screen: Screen) -> 
     config, facts = setup.config, setup.facts
     resumed = "packing" in facts
     packing = facts.get("packing", config.packing)
-    sets = [found for found in (setup.prepared.train, setup.prepared.held_out) if found]
+    examples = setup.prepared.train.behind(virtual_ids(model))
+    sets = [found for found in (examples, setup.prepared.held_out) if found]
     with setup.precision.context(setup.device):
         found = survey(model, longest=max(int(found.lengths.max()) for found in sets))
     if packing is None or (packing and not resumed):
@@ -136,7 +139,7 @@ def _plan(setup: Setup, model: Any, outline: dict[str, Any], screen: Screen) -> 
     setup.facts.update(packing=packing, micro_tokens=micro, max_memory=config.max_memory)
     setup.facts.update({name: outline[name] for name in ("recompute", "full_layers", "streamed")})
     plan = StepPlan.build(
-        setup.prepared.train, batch_size=config.batch_size, micro_tokens=micro, packing=packing, seed=config.seed,
+        examples, batch_size=config.batch_size, micro_tokens=micro, packing=packing, seed=config.seed,
         epochs=config.epochs, max_steps=config.max_steps,
     )  # fmt: skip
     return plan, forward.Path(model, found, packing)
@@ -161,7 +164,8 @@ def _train(setup: Setup, way: forward.Path, plan: StepPlan, screen: Screen) -> t
 
     def held_out() -> tuple[float, int]:
         assert prepared.held_out is not None
-        batches = sequential_batches(prepared.held_out, plan.micro_tokens, packing=plan.packing)
+        rows = prepared.held_out.behind(virtual_ids(model))
+        batches = sequential_batches(rows, plan.micro_tokens, packing=plan.packing)
         with evaluating(model):
             last[:] = [evaluate(way.scores, batches, autocast=autocast)]
         return last[0].loss, last[0].tokens

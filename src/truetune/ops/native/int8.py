@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -152,7 +152,6 @@ def forward(
 
 def backward(library: Library, g: Tensor, codes: Tensor, scale: Tensor, into: Tensor | None) -> Tensor:
     """[n, in]: g [n, out] times codes · scale / 127, in the dtype of ``g``; added to ``into`` if that is given."""
-    g, factor = g.contiguous(), scale * (1 / 127)
     rows, (outer, inner) = len(g), codes.shape
     assert g.shape[1] == outer
     out = buffers.empty(rows, inner, g.dtype, _CPU) if into is None else into
@@ -161,25 +160,34 @@ def backward(library: Library, g: Tensor, codes: Tensor, scale: Tensor, into: Te
         part, result = g[start : start + _ROWS], out[start : start + _ROWS]
         call = _Call(rows=len(part), inner=inner, outer=outer, dtype=_CODE[g.dtype], add=into is not None)
         call.codes, call.result = _address(codes, torch.int8, outer, inner), result.data_ptr()
-        _run(library, call, part, factor)
+        _run(library, call, part, _address(scale, torch.float32, outer))
     return out
 
 
-def _run(library: Library, call: _Call, values: Tensor, factor: Tensor | None = None) -> None:
-    """Lays ``values`` out where they are wanted, and computes the product, both in scratch memory."""
-    functions = _functions(library)
-    call.workers = torch.get_num_threads()
-    rows, depth = values.shape
+def _run(library: Library, call: _Call, values: Tensor, scale: int | None = None) -> None:
+    """Lays ``values`` [n, depth] out as ``tt_int8_product`` reads them, and calls that; both in scratch memory."""
+    values = values.contiguous()
+    (rows, depth), turned, call.workers = values.shape, not call.left_scale, torch.get_num_threads()
     laid = _up(rows, BLOCK) * _up(depth, 32) * (6 if values.dtype == torch.float32 else 2)
-    bytes_ = functions.tt_int8_product(ctypes.byref(call))
-    scratch = buffers.scratch(1, laid + bytes_, torch.int8, _CPU)
-    at, call.scratch = scratch.data_ptr(), scratch.data_ptr() + laid
+    needed = _scratch(library, rows, call.inner, call.outer, call.outlier_count, call.dtype, turned, call.workers)
+    start = buffers.scratch(1, laid + needed, torch.int8, _CPU).data_ptr()
+    call.scratch = start + laid
+    functions = _functions(library)
     if depth:
-        values = values.contiguous()
-        address = None if factor is None else factor.data_ptr()
-        functions.tt_int8_lay(values.data_ptr(), address, at, rows, depth, _CODE[values.dtype])
-    if call.left_scale:
-        call.values = at
+        functions.tt_int8_lay(values.data_ptr(), scale, start, rows, depth, call.dtype)
+    if turned:
+        call.left = start
     else:
-        call.left = at
+        call.values = start
     functions.tt_int8_product(ctypes.byref(call))
+
+
+@lru_cache(maxsize=512)
+def _scratch(
+    library: Library, rows: int, inner: int, outer: int, outliers: int, dtype: int, turned: bool, workers: int
+) -> int:
+    """How many bytes of scratch memory a product needs."""
+    call = _Call(rows=rows, inner=inner, outer=outer, outlier_count=outliers, dtype=dtype, workers=workers)
+    call.left_scale = None if turned else 1  # where it is does not count, only whether
+    needed: int = _functions(library).tt_int8_product(ctypes.byref(call))
+    return needed

@@ -9,9 +9,8 @@
 
 /* A map of 256 ascending values, and how to find the nearest of them.
  *
- * `nearest` has an entry for each upper half of a float. No two thresholds between values lie among the floats that
- * share one; an entry is (code << 16) + k, where k is such that adding the lower half of a positive float carries into
- * the code exactly beyond the threshold. Of a negative float the lower half is subtracted, and borrows. */
+ * `nearest` has an entry for each upper half of a float's bits. With all bits flipped where the float is negative,
+ * (entry + bits) >> 16 is the code: moment_codes.py tells why. */
 typedef struct {
     const float *values;    /* [256] */
     const int32_t *nearest; /* [65536] */
@@ -24,7 +23,7 @@ typedef struct {
     const tt_map *map;
 } tt_moment;
 
-/* Where CPUs have tiles, gathering is the faster way to look up, by a third of a step; elsewhere it often is the slower. */
+/* Where CPUs have tiles, gathering is the faster way to look up, by a third of a step; elsewhere often the slower. */
 #if TT_WIDTH == 16 && defined(__AMX_TILE__)
 #define TT_GATHERS 1
 #else
@@ -47,16 +46,16 @@ TT_INLINE void encode_moment(uint8_t *codes, const float *values, const tt_map *
     int64_t i = 0;
 #if TT_GATHERS
     for (; i + TT_WIDTH <= n; i += TT_WIDTH) {
-        vi bits = (vi)vf_load(values + i), sign = bits >> 31, low = ((bits & 0xffff) ^ sign) - sign;
+        vi bits = (vi)vf_load(values + i);
         vi entry = (vi)_mm512_i32gather_epi32((__m512i)((vu)bits >> 16), map->nearest, 4);
-        _mm_storeu_si128((__m128i *)(codes + i), _mm512_cvtepi32_epi8((__m512i)((entry + low) >> 16)));
+        vi code = (entry + (bits ^ (bits >> 31))) >> 16;
+        _mm_storeu_si128((__m128i *)(codes + i), _mm512_cvtepi32_epi8((__m512i)code));
     }
 #endif
     for (; i < n; i++) {
         int32_t bits;
         memcpy(&bits, values + i, sizeof bits);
-        int32_t sign = bits >> 31, low = ((bits & 0xffff) ^ sign) - sign;
-        codes[i] = (uint8_t)((map->nearest[(uint32_t)bits >> 16] + low) >> 16);
+        codes[i] = (uint8_t)((map->nearest[(uint32_t)bits >> 16] + (bits ^ (bits >> 31))) >> 16);
     }
 }
 

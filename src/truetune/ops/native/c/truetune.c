@@ -19,5 +19,6 @@ TT_API void tt_set_threads(void *gomp_parallel, int32_t threads) {
 #include "cross_entropy.h"
 #include "dropout.h"
 #include "gated.h"
+#include "int8.h"
 #include "norm.h"
 #include "optim8bit.h"

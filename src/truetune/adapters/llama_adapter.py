@@ -1,0 +1,171 @@
+"""LLaMA-Adapter: gated attention to trained prompts in the top layers.  Zhang et al. 2023, arXiv:2303.16199, section 3.
+
+    y = attention(x) + O(g · softmax(q Kᵀ / √d) V),   K = W_k P, V = W_v P
+
+P [length, hidden] is trained and so is g, which starts at zero, so an untrained adapter changes nothing. As in PEFT, g
+is one number per layer without a tanh, q is turned by its position, the prompts' keys are not, and on GPT-2 nothing but
+the sum follows the values. A prompt stands at no position, so packed rows, padding and caches are as they were.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from truetune.adapters.attention_layout import AttentionLayout, Part, attention_layouts
+from truetune.adapters.base import Adapter
+from truetune.adapters.methods import Site
+from truetune.adapters.peft_fields import Fields
+from truetune.adapters.rotary import turned
+from truetune.config.other_methods import LlamaAdapter
+from truetune.errors import AdapterError
+from truetune.ops.frozen import frozen_weight
+
+CHANGES_TABLE = False
+TRAINS: tuple[str, ...] = ()
+PEFT_LACKS = ("bias", "ensure_weight_tying", "modules_to_save")
+
+_SKIPPED = 2  # lowest layers without prompts, unless told otherwise
+_WITHOUT_END = ("gpt2",)  # as PEFT has it
+_WITH_BIAS = ("llama", "mistral")  # PEFT's files for these count the last map's bias twice, where there is one
+
+
+class AdaptedAttention(Adapter):
+    """A frozen attention with trained prompts beside its own keys and values.
+
+    Args:
+        base: the attention module, which returns a tuple that starts with [B, T, hidden].
+        layout: where it makes queries, keys and values.
+        length: prompts.
+        family: the model's type, for what PEFT does in one and not in another.
+    """
+
+    files = {"prompt": "adaption_prompt", "gate": "adaption_gate"}  # noqa: RUF012 - ClassVar in the contract
+
+    def __init__(
+        self, base: nn.Module, layout: AttentionLayout, length: int, family: str, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        self.base, self.layout, self.family = base.requires_grad_(False), layout, family
+        frozen = frozen_weight(self._map(layout.key))
+        self.prompt = nn.Parameter(torch.randn(1, length, frozen.in_features, generator=generator).to(frozen.device))
+        self.gate = nn.Parameter(torch.zeros(1, device=frozen.device))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base's; the queries are those that it computes itself."""
+        outputs: list[Tensor] = []
+        queries = self._map(self.layout.query)
+        handle = queries.register_forward_hook(lambda _, inputs, output: outputs.append(output))
+        try:
+            first, *rest = self.base(*args, **kwargs)
+        finally:
+            handle.remove()
+        return (first + self._beside(outputs[0], kwargs.get("position_embeddings")).to(first.dtype), *rest)
+
+    def _beside(self, output: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        """[B, T, hidden] of what the map of the queries puts out."""
+        layout, dtype = self.layout, output.dtype
+        q = self._heads(output, layout.query, "q_norm")
+        if rotary is not None:
+            q = turned(q, *(t.unsqueeze(-2) for t in rotary))
+        prompt = self.prompt.to(dtype)[0]
+        k, v = (
+            self._heads(self._map(part)(prompt), part, norm).repeat_interleave(layout.heads // layout.kv_heads, dim=-2)
+            for part, norm in ((layout.key, "k_norm"), (layout.value, ""))
+        )
+        scale = getattr(self.base, "scaling", None) or 1 / math.sqrt(layout.head_dim)
+        scores = torch.einsum("bthd,nhd->bthn", q, k) * scale
+        shares = self.gate * torch.softmax(scores.float(), dim=-1)
+        return self._end(torch.einsum("bthn,nhd->bthd", shares.to(dtype), v).flatten(-2))
+
+    def _end(self, mixed: Tensor) -> Tensor:
+        """The attention's last map; its bias is in what the base returns already."""
+        if self.family in _WITHOUT_END:
+            return mixed
+        last = self.base.get_submodule(self.layout.output.removeprefix(f"{self.layout.path}."))
+        y: Tensor = last(mixed)
+        bias = getattr(last, "bias", None)
+        return y if bias is None or self.family in _WITH_BIAS else y - bias
+
+    def _heads(self, y: Tensor, part: Part, norm: str) -> Tensor:
+        """[..., heads, head_dim] of a map's output, through the heads' own norm where there is one (Qwen 3)."""
+        chosen = y if part.columns is None else y[..., part.columns.to(y.device)]
+        heads = chosen.reshape(*chosen.shape[:-1], -1, self.layout.head_dim)
+        own = getattr(self.base, norm, None) if norm else None
+        if own is not None:
+            heads = own(heads)
+        return heads
+
+    def _map(self, part: Part) -> nn.Module:
+        return self.base.get_submodule(part.path.removeprefix(f"{self.layout.path}."))
+
+    def merged_weight(self) -> Tensor:
+        """Raises AdapterError: an attention has more than one weight, and this is in none."""
+        raise AdapterError("prompts beside an attention do not fold into its weights: serve them beside the base")
+
+
+def sites(model: nn.Module, config: LlamaAdapter) -> list[str]:
+    """Paths of the attentions that get prompts.
+
+    Raises:
+        AdapterError: more layers than the model has, or an attention that is not known.
+    """
+    layouts = attention_layouts(model, config.kind)
+    count = len(layouts) - _SKIPPED if config.adapter_layers is None else config.adapter_layers
+    if not 0 < count <= len(layouts):
+        raise AdapterError(
+            f"--adapter-layers {config.adapter_layers}: the model has {len(layouts)}"
+            if config.adapter_layers
+            else f"the model has {len(layouts)} layers, and the lowest {_SKIPPED} get no prompts",
+            ("way out", f"--adapter-layers {len(layouts)}, or fewer"),
+        )
+    chosen = layouts[-count:]
+    for layout in chosen:
+        _check_norm(model, layout)
+    return [layout.path for layout in chosen]
+
+
+def _check_norm(model: nn.Module, layout: AttentionLayout) -> None:
+    """A norm over all heads at once would need them in another shape."""
+    attention = model.get_submodule(layout.path)
+    for name in ("q_norm", "k_norm", "q_layernorm", "k_layernorm"):
+        weight = getattr(getattr(attention, name, None), "weight", None)
+        if hasattr(attention, name) and (weight is None or weight.shape != (layout.head_dim,) or "layer" in name):
+            kind = getattr(model.config, "model_type", "this model")
+            raise AdapterError(
+                f"--method llama-adapter: {kind} has a norm behind its queries that is not known here",
+                ("way out", "--method prompt"),
+            )
+
+
+def wrap(layer: nn.Module, config: LlamaAdapter, site: Site) -> Adapter:
+    """The attention with its prompts."""
+    if "layouts" not in site.shared:  # once, by the attentions as the model has them
+        site.shared["layouts"] = {found.path: found for found in attention_layouts(site.model, config.kind)}
+    family = str(getattr(site.model.config, "model_type", ""))
+    draws = site.generator("llama-adapter")
+    return AdaptedAttention(layer, site.shared["layouts"][site.path], config.adapter_length, family, draws)
+
+
+def to_peft(model: nn.Module, config: LlamaAdapter, sites: Sequence[str]) -> dict[str, Any]:
+    """The method's own fields of ``adapter_config.json``."""
+    return {
+        "target_modules": sites[0].rpartition(".")[2],
+        "adapter_len": config.adapter_length,
+        "adapter_layers": len(sites),
+    }
+
+
+def from_peft(config: Mapping[str, Any], folder: Path) -> LlamaAdapter:
+    """The settings in our terms."""
+    fields = Fields(config, folder, without_effect=("target_modules",))
+    return fields.build(
+        LlamaAdapter,
+        adapter_length=("adapter_len", fields.take("adapter_len")),
+        adapter_layers=("adapter_layers", fields.take("adapter_layers")),
+    )
