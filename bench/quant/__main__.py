@@ -155,8 +155,8 @@ def _bench(options: argparse.Namespace, python: Path | None) -> Bench:
     return Bench(
         work=options.work, env=env, peer_env={name: v for name, v in env.items() if name not in NOT_FOR_PEERS},
         python=python, data=data_file(options.data, options.work), setting=_setting(options),
-        load_shape=options.load_shape, limit=options.limit, weights=options.weights, values=options.values, rounds=options.rounds,
-        seconds=options.seconds, say=say,
+        load_shape=options.load_shape, limit=options.limit, weights=options.weights, values=options.values,
+        rounds=options.rounds, seconds=options.seconds, say=say,
     )  # fmt: skip
 
 

@@ -70,8 +70,11 @@ def big(bench: Bench) -> Findings:
     finally:
         shutil.rmtree(model, ignore_errors=True)
     found.details = {
-        "load": asdict(opened), "resident": asdict(resident), "limited": limited and asdict(limited), "limit": bench.limit,
-    }  # fmt: skip
+        "load": asdict(opened),
+        "resident": asdict(resident),
+        "limited": limited and asdict(limited),
+        "limit": bench.limit,
+    }
     found.figures = {
         "big_load_s": round(opened.load_s, 2),
         "big_step_s": round(resident.step_s, 2),

@@ -144,7 +144,9 @@ def peft_config_of(phases: Phases, steps: int) -> peft.AdaLoraConfig:
 
 def both(tmp_path: Path, steps: int) -> tuple[RankAllocation, dict[str, AdaLoRALinear], Any]:
     """Ours, and the same adapter in training in PEFT."""
-    config = AdaLoRA(rank=4, target_rank=2, prune_from=0.1, prune_until=0.8, prune_every=2, targets=("q_proj", "v_proj"))
+    config = AdaLoRA(
+        rank=4, target_rank=2, prune_from=0.1, prune_until=0.8, prune_every=2, targets=("q_proj", "v_proj")
+    )
     model = adapted(config=config)
     layers = layers_of(model)
     allocation = RankAllocation(layers, config, steps)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import GPTNeoXConfig, LlamaConfig, LlamaForCausalLM
 
-from families import FAMILIES, distance, perturb, token_rows
+from families import FAMILIES, distance, logits, perturb, token_rows
 from method_checks import CLOSE, EACH, base
 from peft_peer import read_by_peft, saved_by_peft, theirs, trained_by
 from training_runs import cut_after, differences, run_sft, write_rows
@@ -94,6 +94,24 @@ def test_a_head_that_turns_in_part_keeps_the_stored_keys() -> None:
     for number, layer in enumerate(cache.layers):
         for kind, kept in enumerate((layer.keys, layer.values)):
             assert distance(kept[0, :, :3].transpose(0, 1), stored[:, number, kind]) <= CLOSE
+
+
+def test_without_its_virtual_tokens_a_text_is_the_bases() -> None:
+    model = base("llama")
+    before = logits(model)
+    attach(model, THREE)
+    perturb(model)
+    assert distance(text_logits(model), before) > 1e-3
+    assert torch.equal(logits(model), before)
+
+
+def test_embeddings_in_place_of_ids_are_refused() -> None:
+    """The prefix goes by the ids of the batch: with the last batch's it would land anywhere."""
+    model = base("llama")
+    attach(model, THREE)
+    text_logits(model)
+    with pytest.raises(AdapterError, match="input_ids"):
+        model(inputs_embeds=torch.zeros(1, 5, 32))
 
 
 def test_a_norm_behind_the_keys_is_refused_by_name() -> None:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2Model, LlamaConfi
 
 from truetune.checkpoint.header import PlannedTensor
 from truetune.checkpoint.shards import ShardWriter
-from truetune.checkpoint.tensors import name_in_checkpoint, load, open_index
+from truetune.checkpoint.tensors import load, name_in_checkpoint, open_index
 from truetune.errors import ModelError, OutputError
 from truetune.export.merge import Addition, Edit, merge_checkpoint
 

@@ -51,9 +51,9 @@ def bases(make_tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
     for name, dtype in (("float32", "float32"), ("bfloat16", "bfloat16")):
         make_tiny(folder / name, dtype=dtype, **SHAPE)
     make_tiny(folder / "tied", dtype="bfloat16", **(SHAPE | {"tie_word_embeddings": True}))
-    recipe = QuantRecipe(kind="nf4", double=True)
-    skeleton = load.skeleton(load.load_config(str(folder / "bfloat16")), dtype=torch.bfloat16)
-    quantize_checkpoint(folder / "bfloat16", folder / "nf4", skeleton, recipe, dtype=torch.bfloat16)
+    for recipe in (QuantRecipe(kind="nf4", double=True), QuantRecipe(kind="int8")):
+        skeleton = load.skeleton(load.load_config(str(folder / "bfloat16")), dtype=torch.bfloat16)
+        quantize_checkpoint(folder / "bfloat16", folder / recipe.kind, skeleton, recipe, dtype=torch.bfloat16)
     load.save_model(_gpt2(), folder / "gpt2")
     return {path.name: path for path in folder.iterdir()}
 
@@ -109,7 +109,7 @@ def streamed_step(model: PreTrainedModel, **way: Any) -> Step:
 
 @on_linux
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", ["nf4", "bfloat16", "gpt2"])
+@pytest.mark.parametrize("name", ["nf4", "int8", "bfloat16", "gpt2"])
 def test_gradients_are_those_of_a_base_in_memory_to_the_bit(name: str, way: str, make: Make) -> None:
     model = make(name, dropout=0.1)
     expected = step(model, **WAYS[way])

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from projections import GROUPS, SOURCES, Problem, problem, weights_of, with_gradients
-from reference.norms import assert_no_worse_as_a_whole
+from projections import DROPPED, GROUPS, SITE, SOURCES, Problem, problem, weights_of, with_gradients
+from reference.norms import assert_no_worse_as_a_whole, distance
+from truetune.ops.dropout import lanes
 from truetune.ops.frozen import FrozenLinear
 from truetune.ops.projection import Group, Projection, project
 
@@ -260,7 +261,14 @@ WAYS = {"whole": (False, False), "low-rank dropped": (True, False), "all dropped
 
 
 def scaled(
-    group: str, source: str, way: str = "whole", *, residual: bool = False, n: int = 4, width: int = 6, shift: bool = True
+    group: str,
+    source: str,
+    way: str = "whole",
+    *,
+    residual: bool = False,
+    n: int = 4,
+    width: int = 6,
+    shift: bool = True,
 ) -> Problem:
     """A problem whose projections, but for the second, have a magnitude; every other one has a trained bias."""
     dropout, drops_base = WAYS[way]
@@ -287,39 +295,32 @@ class Scaled(Problem):
 
     def plainly(self) -> tuple[Tensor, ...]:
         """W x + b + (g - 1) ∘ W z + g ∘ s B A drop(x) + c, with z the dropped input or x itself."""
-        whole = Problem(self.group, self.source, self.inputs, None)
-        bare = [replace(p, bias=None, a=None, b=None) for p in self.group.projections]
-        whole.group = replace(self.group, projections=tuple(bare))
-        of_base = whole.plainly()
-        whole.group = self.group
-        x = whole.plainly()
-        found = []
-        for p, both, base in zip(self.group.projections, x, of_base, strict=True):
-            low = both - base - (0 if p.bias is None else p.bias)
-            y = both
-            if p.magnitude is not None:
-                g = p.magnitude.to(y.dtype)
-                z = self._dropped_base(p) if self.group.drops_base else base
-                y = y + (g - 1) * z + (g - 1) * low
-            y = y if p.shift is None else y + p.shift.to(y.dtype)
-            found.append(y if self.residual is None else y + self.residual)
-        return tuple(found)
+        x = self._x()
+        low = x
+        if self.group.keys is not None:
+            low = x * (lanes(self.group.keys, SITE, x.shape[1]) >= round(DROPPED * 65536)) / (1 - DROPPED)
+        return tuple(self._projected(p, x, low) for p in self.group.projections)
 
-    def _dropped_base(self, p: Projection) -> Tensor:
-        """W drop(x): a low-rank path with A the identity and B the weight."""
-        assert isinstance(p.weight, FrozenLinear)
-        eye = torch.eye(p.weight.in_features, dtype=p.weight.dtype)
-        nothing = FrozenLinear(torch.zeros_like(p.weight.dense()), transposed=False)
-        alone = Projection(nothing, None, eye, p.weight.dense(), 1.0)
-        other = Problem(replace(self.group, projections=(alone,)), self.source, [t.detach() for t in self.inputs], None)
-        other.inputs = self.inputs
-        return other.plainly()[0]
+    def _x(self) -> Tensor:
+        eye = FrozenLinear(torch.eye(self.inputs[0].shape[1], dtype=self.inputs[0].dtype), transposed=False)
+        return Problem(Group((Projection(eye),)), self.source, self.inputs, None).plainly()[0]
+
+    def _projected(self, p: Projection, x: Tensor, low: Tensor) -> Tensor:
+        g = torch.ones(()) if p.magnitude is None else p.magnitude
+        weight = p.weight.dense()
+        y = F.linear(x, weight, p.bias) + ((g - 1) * F.linear(low if self.group.drops_base else x, weight)).to(x.dtype)
+        if p.a is not None and p.b is not None:
+            y = y + (g * F.linear(F.linear(low, p.a.to(x.dtype)), p.b.to(x.dtype)) * p.scale).to(x.dtype)
+        y = y if p.shift is None else y + p.shift.to(x.dtype)
+        return y if self.residual is None else y + self.residual
 
 
 @both_ways
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize(("group", "residual"), [("one", True), ("one", False), ("one-frozen", False), ("three", False)])
+@pytest.mark.parametrize(
+    ("group", "residual"), [("one", True), ("one", False), ("one-frozen", False), ("three", False)]
+)
 def test_with_magnitudes_it_is_the_composition_and_its_derivative(
     group: str, residual: bool, source: str, way: str, keep: bool
 ) -> None:
@@ -339,7 +340,9 @@ def test_with_magnitudes_the_gradient_is_that_of_finite_differences(group: str, 
         inputs = [rest.pop(0) for _ in asked.inputs]
         beside = rest.pop(0) if residual else None
         projections = [
-            replace(p, **{name: rest.pop(0) for name in ("a", "b", "magnitude", "shift") if getattr(p, name) is not None})
+            replace(
+                p, **{name: rest.pop(0) for name in ("a", "b", "magnitude", "shift") if getattr(p, name) is not None}
+            )
             for p in asked.group.projections
         ]
         given = replace(asked.group, projections=tuple(projections))
@@ -351,8 +354,9 @@ def test_with_magnitudes_the_gradient_is_that_of_finite_differences(group: str, 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_with_magnitudes_it_is_no_worse_than_torch_in_narrow_dtypes(tier: str, way: str, dtype: torch.dtype) -> None:
-    """Magnitudes stay in float32, as an adapter has them."""
-    wide = scaled("three", "normed", way, n=40, width=48, shift=False)
+    """Magnitudes stay in float32, as an adapter has them. Their gradients may have two roundings more: of the output,
+    which they are read off, and of its products."""
+    wide = scaled("three-alike", "normed", way, n=40, width=48, shift=False)
 
     def cast(kind: torch.dtype) -> Scaled:
         narrow = wide.to(dtype).to(kind)
@@ -369,7 +373,10 @@ def test_with_magnitudes_it_is_no_worse_than_torch_in_narrow_dtypes(tier: str, w
     truth = with_gradients(exact.plainly(), exact.leaves)
     ours, plain = (with_gradients(outputs, asked.leaves) for outputs in (asked.ours(), asked.plainly()))
     for found, expected, right in zip(ours, plain, truth, strict=True):
-        assert_no_worse_as_a_whole(found, expected, right, dtype)
+        if found.ndim > 1:
+            assert_no_worse_as_a_whole(found, expected, right, dtype)
+        else:
+            assert distance(found, right) <= distance(expected, right) + 3 * torch.finfo(dtype).eps / 5
 
 
 def test_a_magnitude_of_one_changes_no_bit() -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from pydantic import model_validator
+from typing_extensions import Self
+
 from truetune.config.options import Options, option
 
 
@@ -13,4 +16,11 @@ class InspectConfig(Options):
     command: ClassVar[str] = "inspect"
     positional: ClassVar[tuple[str, ...]] = ("path",)
 
-    path: str = option(help="a folder or file", group="run", min_length=1)
+    path: str | None = option(None, help="a folder or file", group="run", min_length=1)
+    methods: bool = option(False, help="list the tuning methods and what each can do instead", group="run")
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Self:
+        if (self.path is None) != self.methods:
+            raise ValueError("a folder or file to look at, or --methods; one of the two")
+        return self

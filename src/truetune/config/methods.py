@@ -38,9 +38,7 @@ class Method:
         config: its settings.
         result: what a run leaves: an adapter, or a whole model.
         mergeable: it folds into the base's weights without cost at inference.
-        servable: one base can carry it for one customer among many.
         on_quantised: it trains on a packed base.
-        batchable: rows with different adapters can share a forward.
         peft: PEFT's name for its files; None where PEFT has no such method.
         lr: the usual peak learning rate.
     """
@@ -48,9 +46,7 @@ class Method:
     config: type[AdapterConfig]
     result: Literal["adapter", "model"]
     mergeable: bool
-    servable: bool
     on_quantised: bool
-    batchable: bool
     peft: str | None
     lr: float
 
@@ -60,26 +56,26 @@ class Method:
         return issubclass(self.config, LoRA | AdaLoRA)
 
 
-def _adapter(config: type[AdapterConfig], peft: str | None, lr: float, *, mergeable: bool, batchable: bool) -> Method:
-    return Method(config, "adapter", mergeable, True, True, batchable, peft, lr)
+def _adapter(config: type[AdapterConfig], peft: str | None, lr: float, *, mergeable: bool) -> Method:
+    return Method(config, "adapter", mergeable, True, peft, lr)
 
 
 def _model(config: type[AdapterConfig], lr: float) -> Method:
-    return Method(config, "model", False, False, False, False, None, lr)
+    return Method(config, "model", False, False, None, lr)
 
 
 METHODS: dict[str, Method] = {
-    "lora": _adapter(LoRA, "LORA", 2e-4, mergeable=True, batchable=True),
-    "dora": _adapter(DoRA, "LORA", 2e-4, mergeable=True, batchable=True),
-    "adalora": _adapter(AdaLoRA, "ADALORA", 5e-4, mergeable=True, batchable=True),
-    "vera": _adapter(VeRA, "VERA", 5e-3, mergeable=True, batchable=True),
-    "ia3": _adapter(IA3, "IA3", 5e-3, mergeable=True, batchable=True),
-    "bitfit": _adapter(BitFit, None, 1e-3, mergeable=True, batchable=False),
-    "prompt": _adapter(Prompt, "PROMPT_TUNING", 1e-2, mergeable=False, batchable=True),
-    "ptuning": _adapter(PTuning, "P_TUNING", 1e-3, mergeable=False, batchable=True),
-    "prefix": _adapter(Prefix, "PREFIX_TUNING", 1e-2, mergeable=False, batchable=True),
-    "llama-adapter": _adapter(LlamaAdapter, "ADAPTION_PROMPT", 9e-3, mergeable=False, batchable=True),
-    "bottleneck": _adapter(Bottleneck, None, 1e-4, mergeable=False, batchable=True),
+    "lora": _adapter(LoRA, "LORA", 2e-4, mergeable=True),
+    "dora": _adapter(DoRA, "LORA", 2e-4, mergeable=True),
+    "adalora": _adapter(AdaLoRA, "ADALORA", 5e-4, mergeable=True),
+    "vera": _adapter(VeRA, "VERA", 5e-3, mergeable=True),
+    "ia3": _adapter(IA3, "IA3", 5e-3, mergeable=True),
+    "bitfit": _adapter(BitFit, None, 1e-3, mergeable=True),
+    "prompt": _adapter(Prompt, "PROMPT_TUNING", 1e-2, mergeable=False),
+    "ptuning": _adapter(PTuning, "P_TUNING", 1e-3, mergeable=False),
+    "prefix": _adapter(Prefix, "PREFIX_TUNING", 1e-2, mergeable=False),
+    "llama-adapter": _adapter(LlamaAdapter, "ADAPTION_PROMPT", 9e-3, mergeable=False),
+    "bottleneck": _adapter(Bottleneck, None, 1e-4, mergeable=False),
     "freeze": _model(Freeze, 2e-5),
     "lisa": _model(Lisa, 2e-5),
     "full": _model(Full, 2e-5),

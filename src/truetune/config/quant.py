@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 from typing_extensions import Self
 
 from truetune.config.options import Options, option
@@ -55,6 +55,12 @@ class QuantGroup(Options):
         (), help="layers to leave unquantised, by parts of their names (down_proj, layers.0); the head always is",
         group="base",
     )  # fmt: skip
+
+    @field_validator("quant_skip")
+    @classmethod
+    def _names_between_commas(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        """``o_proj,layers.0`` is two names."""
+        return tuple(name for item in value for part in item.split(",") if (name := part.strip()))
 
     @model_validator(mode="after")
     def _consistent_quant(self) -> Self:

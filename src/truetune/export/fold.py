@@ -18,7 +18,6 @@ from truetune.checkpoint.tensors import load, name_in_checkpoint
 from truetune.errors import AdapterError
 from truetune.export.merge import Addition, Edit
 
-
 _PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

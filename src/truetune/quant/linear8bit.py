@@ -16,7 +16,6 @@ from truetune.ops import buffers, int8
 from truetune.ops.frozen import FrozenLinear
 from truetune.quant.base import QuantLinear
 
-
 _dense_products: ContextVar[bool] = ContextVar("dense_products", default=False)
 
 

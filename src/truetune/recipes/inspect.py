@@ -12,6 +12,7 @@ from truetune.adapters import files
 from truetune.checkpoint import atomic, run_state
 from truetune.checkpoint.tensors import open_index
 from truetune.config.inspect import InspectConfig
+from truetune.config.methods import METHODS
 from truetune.config.resolve import Resolved
 from truetune.data.duplicates import duplicates
 from truetune.data.formats import detect, parse_rows
@@ -25,7 +26,9 @@ from truetune.train.log import whole_rows
 
 
 def run(resolved: Resolved[InspectConfig]) -> dict[str, Any]:
-    """Print what ``path`` is; returns the same facts."""
+    """Print what ``path`` is, or the methods; returns the same facts."""
+    if resolved.config.path is None:
+        return list_methods()
     path = Path(resolved.config.path).expanduser()
     if not path.exists():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -35,6 +38,21 @@ def run(resolved: Resolved[InspectConfig]) -> dict[str, Any]:
     for key, value in facts.items():
         print(f"{key:<{width}}  {_text(value)}")  # noqa: T201 - the command's output
     return facts
+
+
+def list_methods() -> dict[str, Any]:
+    """Print the capability table; returns it by method."""
+    marks = ("mergeable", "on_quantised")
+    heads = ("method", "leaves", "merges", "packed base", "PEFT's name", "usual lr")
+    rows = [
+        (name, m.result, *("yes" if getattr(m, mark) else "no" for mark in marks), m.peft or "-", f"{m.lr:g}")
+        for name, m in METHODS.items()
+    ]
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    for row in (heads, *rows):
+        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())  # noqa: T201
+    own = ("result", *marks, "peft", "lr")
+    return {name: {key: getattr(method, key) for key in own} for name, method in METHODS.items()}
 
 
 def describe(path: Path) -> dict[str, Any]:

@@ -11,8 +11,9 @@ import torch
 from truetune.adapters import files
 from truetune.checkpoint.tensors import open_index
 from truetune.config.merge import MergeConfig
+from truetune.config.methods import METHODS
 from truetune.config.quant import QuantRecipe
-from truetune.errors import ConfigError
+from truetune.errors import AdapterError, ConfigError
 from truetune.export.fold import Fold, check_plain, fold
 from truetune.export.onto import Drift, on_quantised, recipe_of, stored_packed, unpacked
 from truetune.models import load
@@ -39,6 +40,11 @@ def plan_merge(config: MergeConfig, file: files.AdapterFile, base: Path, model_c
         ConfigError: ``--onto`` asks for weights that are not there.
         AdapterError: the adapter does not fit the base.
     """
+    if not METHODS[file.settings.kind].mergeable:
+        raise AdapterError(
+            f"{file.folder} was made by {file.settings.kind}, which does not fold into weights",
+            ("way out", "serve it beside its base: truetune generate --model BASE --adapter DIR"),
+        )
     stored, trained_on = load.check_readable(config.model, model_config), recipe_of(file.card)
     dtype = _dtype(file, model_config)
     entries = open_index(base)

@@ -8,6 +8,7 @@ from the tokens' counters, so it depends neither on how a batch is cut or packed
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,13 +57,10 @@ class NoisyLoss:
 def noise(batch: Batch, width: int, alpha: float, *, device: torch.device | None = None) -> Tensor:
     """[B, T, width] float32: of each token its own, in steps of 2⁻¹⁵ of the largest; zero where a row is padded."""
     assert batch.keys is not None
-    rows, count = batch.input_ids.shape
-    if batch.attention_mask is None:
-        assert batch.lengths is not None
-        lengths = torch.tensor(batch.lengths).repeat_interleave(torch.tensor(batch.lengths))
-        largest = alpha / (lengths * width).sqrt()
-    else:
-        mask = batch.attention_mask
-        largest = (mask * alpha / (mask.sum(dim=1, keepdim=True) * width).sqrt()).flatten()
+    mask = batch.attention_mask
+    lengths = batch.lengths if mask is None else mask.sum(dim=1).tolist()
+    assert lengths is not None
+    largest = torch.tensor([alpha / math.sqrt(length * width) for length in lengths])
+    each = largest.repeat_interleave(torch.tensor(lengths)) if mask is None else (largest[:, None] * mask).flatten()
     uniform = (lanes(batch.keys.to(device), _SITE, width) + 0.5) / 32768 - 1
-    return (uniform * largest.to(device)[:, None]).view(rows, count, width)
+    return (uniform * each.to(device)[:, None]).view(*batch.input_ids.shape, width)
