@@ -228,10 +228,6 @@ def test_an_adapter_for_a_rewritten_base_is_refused(init: str, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("settings", "field"),
     [
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
-        ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern"),
-        ({"layers_to_transform": [0]}, "layers_to_transform"),
-        ({"exclude_modules": ["v_proj"]}, "exclude_modules"),
         ({"trainable_token_indices": [3]}, "trainable_token_indices"),
         ({"bias": "lora_only"}, "bias"),
     ],
@@ -260,10 +256,11 @@ def test_a_real_adapter_for_gpt_neo_fits_its_model() -> None:
 
 
 @real
-def test_a_real_adapter_with_merged_lora_is_refused_by_the_field() -> None:
+def test_a_real_adapter_with_merged_lora_is_read_as_one_on_slices() -> None:
     file = files.read(SHARED / "adapters" / "bloom-560m-lora")
-    with pytest.raises(AdapterError, match=r"enable_lora = \[True, False, True\]"):
-        _ = file.settings
+    assert file.config["enable_lora"] == [True, False, True]
+    assert isinstance(file.settings, LoRA)
+    assert file.settings.slices == ("query_key_value=1/3,3/3",)
 
 
 @real

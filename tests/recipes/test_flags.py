@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from truetune.config.generate import GenerateConfig
 from truetune.config.merge import MergeConfig
+from truetune.config.methods import METHODS
 from truetune.config.options import Options, option
 from truetune.config.resolve import resolve
 from truetune.config.sft import PretrainConfig, SFTConfig
@@ -92,6 +93,7 @@ def look_at_run(command: Any, config: type[Options], folder: Path, settings: Map
 
 HELD = {"val_data": "FEW"}
 WILD = {**HELD, "eval_every": 1, "lr": 0.1, "schedule": "constant", "max_steps": 4}
+PRUNED = {"method": "adalora", "rank": 4, "target_rank": 1, "prune_every": 1, "max_steps": 10, "lr": 0.1}
 TRAIN: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     # field: (settings of both, the change, where it must show)
     "model": ({}, {"model": "OTHER"}, "shapes"),
@@ -112,6 +114,43 @@ TRAIN: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "targets": ({}, {"targets": ["q_proj"]}, "shapes"),
     "use_rslora": ({}, {"use_rslora": True}, "log"),
     "trainable": ({}, {"trainable": ["norm"]}, "shapes"),
+    "quant": ({}, {"quant": "nf4"}, "log"),
+    "double_quant": ({"quant": "nf4"}, {"double_quant": True}, "log"),
+    "quant_skip": ({"quant": "nf4"}, {"quant_skip": ["q_proj"]}, "log"),
+    "exclude": ({}, {"exclude": ["q_proj"]}, "shapes"),
+    "layers": ({}, {"layers": [0]}, "shapes"),
+    "init": ({}, {"init": "gaussian"}, "tensors"),
+    "rank_pattern": ({}, {"rank_pattern": ["q_proj=3"]}, "shapes"),
+    "alpha_pattern": ({}, {"alpha_pattern": ["q_proj=3"]}, "tensors"),
+    "lora_bias": ({}, {"lora_bias": True}, "shapes"),
+    "slices": ({}, {"slices": ["c_attn=q,v"]}, "refused"),
+    "dora_dropout": ({"method": "dora", "dropout": 0.5}, {"dora_dropout": "low-rank"}, "log"),
+    "target_rank": (PRUNED, {"target_rank": 3}, "tensors"),
+    "prune_from": (PRUNED, {"prune_from": 0.5}, "tensors"),
+    "prune_until": (PRUNED, {"prune_until": 0.9}, "tensors"),
+    "prune_every": (PRUNED, {"prune_every": 3}, "tensors"),
+    "orthogonality": (PRUNED, {"orthogonality": 5.0}, "tensors"),
+    "d_initial": ({"method": "vera"}, {"d_initial": 0.7}, "tensors"),
+    "projection_seed": ({"method": "vera"}, {"projection_seed": 1}, "log"),
+    "save_projection": ({"method": "vera"}, {"save_projection": False}, "shapes"),
+    "feedforward": ({"method": "ia3", "targets": ["k_proj", "down_proj"]}, {"feedforward": ["down_proj"]}, "shapes"),
+    "virtual_tokens": ({"method": "prompt"}, {"virtual_tokens": 3}, "shapes"),
+    "prompt_text": ({"method": "prompt"}, {"prompt_text": "the quick"}, "tensors"),
+    "encoder": ({"method": "ptuning"}, {"encoder": "lstm"}, "tensors"),
+    "encoder_hidden": ({"method": "ptuning"}, {"encoder_hidden": 3}, "tensors"),
+    "projection": ({"method": "prefix"}, {"projection": True}, "tensors"),
+    "adapter_length": ({"method": "llama-adapter", "adapter_layers": 1}, {"adapter_length": 3}, "shapes"),
+    "adapter_layers": ({"method": "llama-adapter", "adapter_layers": 1}, {"adapter_layers": 2}, "shapes"),
+    "placement": ({"method": "bottleneck"}, {"placement": "houlsby"}, "shapes"),
+    "reduction": ({"method": "bottleneck"}, {"reduction": 4.0}, "shapes"),
+    "activation": ({"method": "bottleneck"}, {"activation": "silu"}, "tensors"),
+    "adapter_scale": ({"method": "bottleneck"}, {"adapter_scale": 3.0}, "tensors"),
+    "train_layers": ({"method": "freeze", "train_layers": 1, "dry_run": True}, {"train_layers": 2}, "plan"),
+    "train_pattern": ({"method": "freeze", "dry_run": True}, {"train_pattern": "norm"}, "plan"),
+    "lisa_layers": ({"method": "lisa", "lisa_layers": 1}, {"lisa_layers": 2}, "tensors"),
+    "lisa_every": ({"method": "lisa", "lisa_layers": 1}, {"lisa_every": 1}, "tensors"),
+    "lora_plus_ratio": ({}, {"lora_plus_ratio": 16.0}, "tensors"),
+    "neftune_alpha": ({}, {"neftune_alpha": 5.0}, "log"),
     "lr": ({}, {"lr": 1e-3}, "log"),
     "schedule": ({}, {"schedule": "constant"}, "log"),
     "warmup": ({}, {"warmup": 2}, "log"),
@@ -168,6 +207,9 @@ GENERATE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "temperature": ({}, {"temperature": 3.0}, "text"),
     "top_p": ({"temperature": 3.0}, {"top_p": 0.01}, "text"),
     "seed": ({"temperature": 3.0}, {"seed": 1}, "text"),
+    "quant": ({}, {"quant": "fp4"}, "text"),
+    "double_quant": ({"quant": "int8"}, {"double_quant": True}, "refused"),
+    "quant_skip": ({"quant": "nf4"}, {"quant_skip": ["x"]}, "refused"),
 }
 MERGE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "model": ({}, {"model": "COPY"}, "refused"),
@@ -176,6 +218,10 @@ MERGE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "out": ({}, {"out": "OUT_2"}, "where"),
     "max_shard_gb": ({}, {"max_shard_gb": 2e-5}, "files"),
     "allow_other_base": ({"model": "COPY"}, {"allow_other_base": True}, "refused"),
+    "onto": ({}, {"onto": "dequantized"}, "refused"),
+    "quant": ({}, {"quant": "nf4"}, "tensors"),
+    "double_quant": ({"quant": "nf4"}, {"double_quant": True}, "tensors"),
+    "quant_skip": ({"quant": "nf4"}, {"quant_skip": ["q_proj"]}, "tensors"),
 }
 
 
@@ -203,7 +249,7 @@ def compare(row: tuple[dict[str, Any], dict[str, Any], str], base: Mapping[str, 
     both, change, where = row
     halves = []
     for settings in ({**base, **both}, {**base, **both, **change}):
-        if settings.get("method") == "full":
+        if "rank" not in METHODS[settings.get("method", "lora")].config.model_fields:
             settings.pop("rank", None)
         halves.append(look(settings))
     before, after = halves

@@ -136,7 +136,7 @@ class RankAllocation:
 def importance(measured: Mapping[str, Tensor]) -> Tensor:
     """[r]: s(E) + mean of s(A) over the row + mean of s(B) over the column, where s = Ī Ū (section 3.2)."""
     score = {name: measured[f"{name}.sensitivity"] * measured[f"{name}.uncertainty"] for name in ("a", "b", "e")}
-    return score["e"].flatten() + score["a"].mean(dim=1) + score["b"].sum(dim=0)
+    return score["e"].flatten() + score["a"].mean(dim=1) + score["b"].mean(dim=0)
 
 
 def _triplet(layer: SVDLayer) -> dict[str, Parameter]:
