@@ -73,6 +73,19 @@ def test_padding_has_none() -> None:
     assert torch.equal(values.abs().sum(-1) > 0, batch.attention_mask > 0)
 
 
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
+def test_virtual_tokens_have_none_and_make_no_example_longer(packing: bool) -> None:
+    plan = StepPlan.build(
+        rows().behind([97, 98]), batch_size=8, micro_tokens=1000, packing=packing, seed=3, epochs=1, max_steps=None
+    )
+    (batch,) = plan.micro_batches(0)
+    values = noise(batch, WIDTH, 5.0)
+    assert torch.equal(values[batch.input_ids >= 97].abs().sum(), torch.tensor(0.0))
+    own = LENGTHS[batch.examples[0]]
+    largest = 5.0 / (own * WIDTH) ** 0.5
+    assert 0.99 * largest < float(values[0, 2 : own + 2].abs().max()) <= largest
+
+
 # --- in a model ---------------------------------------------------------------------------------------------------
 
 

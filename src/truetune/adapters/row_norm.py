@@ -1,25 +1,40 @@
 """The norms of the rows of W + s B A, which DoRA divides by: kept until A, B or W change.
 
-Told by torch's count of what was written to a tensor, and by where it lies; what writes around that count (through
-``.data``) has to say so with ``torch.autograd.graph.increment_version``.
+That they changed is told by the steps of torch's optimizers (whose fused kernels count no write), and for everybody
+else by torch's count of what was written to a tensor, and by where it lies. Who writes through ``.data`` and is no
+``torch.optim.Optimizer`` has to say so with ``torch.autograd.graph.increment_version``.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from truetune.ops import lowrank
 
 _State = tuple[object, ...]
+_steps = 0  # of all optimizers in this process
+
+
+@functools.cache
+def _count_steps() -> None:
+    def count(*_: Any) -> None:
+        global _steps
+        _steps += 1
+
+    register_optimizer_step_post_hook(count)
 
 
 class RowNorm:
     """One layer's."""
 
     def __init__(self) -> None:
+        _count_steps()
         self._squares: tuple[_State, Tensor] | None = None
         self._norm: tuple[_State, Tensor] | None = None
         self._ratio: tuple[_State, Tensor] | None = None
@@ -41,7 +56,7 @@ class RowNorm:
             low_rank: gives A [r, in] and B [out, r].
         """
         frozen = _state(base.parameters(recurse=False))
-        state = (scale, *frozen, *_state(trained))
+        state = (_steps, scale, *frozen, *_state(trained))
         if self._norm is None or self._norm[0] != state:
             with torch.inference_mode(False), torch.no_grad():
                 dense = weight()
@@ -54,7 +69,7 @@ class RowNorm:
         """``ratio``, kept as well where it needs no gradient."""
         if torch.is_grad_enabled() and magnitude.requires_grad:
             return ratio(magnitude, norm)
-        state = _state((magnitude, norm))
+        state = (_steps, *_state((magnitude, norm)))
         if self._ratio is None or self._ratio[0] != state:
             with torch.inference_mode(False), torch.no_grad():
                 self._ratio = state, ratio(magnitude, norm)

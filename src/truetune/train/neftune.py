@@ -2,8 +2,9 @@
 
     x ← x + (alpha / √(L d)) u,    u uniform in [-1, 1]
 
-L is the example's own length, whatever shares its row or pads it; d is the width of the embeddings. The noise derives
-from the tokens' counters, so it depends neither on how a batch is cut or packed, nor on where a run was resumed.
+L is the example's own length, whatever shares its row or pads it; d is the width of the embeddings. Virtual tokens are
+trained themselves: they count for nothing and get no noise. The noise derives from the tokens' counters, so it depends
+neither on how a batch is cut or packed, nor on where a run was resumed.
 """
 
 from __future__ import annotations
@@ -55,12 +56,13 @@ class NoisyLoss:
 
 
 def noise(batch: Batch, width: int, alpha: float, *, device: torch.device | None = None) -> Tensor:
-    """[B, T, width] float32: of each token its own, in steps of 2⁻¹⁵ of the largest; zero where a row is padded."""
+    """[B, T, width] float32: each token's own, in steps of 2⁻¹⁵ of the largest; zero at padding and virtual tokens."""
     assert batch.keys is not None
-    mask = batch.attention_mask
+    mask, virtual = batch.attention_mask, batch.virtual // len(batch.examples)
     lengths = batch.lengths if mask is None else mask.sum(dim=1).tolist()
     assert lengths is not None
-    largest = torch.tensor([alpha / math.sqrt(length * width) for length in lengths])
+    largest = torch.tensor([alpha / math.sqrt((length - virtual) * width) for length in lengths])
     each = largest.repeat_interleave(torch.tensor(lengths)) if mask is None else (largest[:, None] * mask).flatten()
+    each *= batch.position_ids.flatten() >= virtual
     uniform = (lanes(batch.keys.to(device), _SITE, width) + 0.5) / 32768 - 1
     return (uniform * each.to(device)[:, None]).view(*batch.input_ids.shape, width)
