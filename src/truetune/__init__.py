@@ -11,8 +11,18 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "AdaLoRA": "truetune.config.lora",
+    "BitFit": "truetune.config.other_methods",
+    "Bottleneck": "truetune.config.other_methods",
+    "DoRA": "truetune.config.lora",
+    "IA3": "truetune.config.other_methods",
+    "LlamaAdapter": "truetune.config.other_methods",
     "LoRA": "truetune.config.lora",
+    "PTuning": "truetune.config.other_methods",
+    "Prefix": "truetune.config.other_methods",
+    "Prompt": "truetune.config.other_methods",
     "SFTConfig": "truetune.config.sft",
+    "VeRA": "truetune.config.lora",
     "attach": "truetune.api",
     "detach": "truetune.api",
     "load": "truetune.api",
@@ -26,8 +36,18 @@ _PUBLIC = {
 _MODULES = ("errors", "nn", "optim")
 
 __all__ = [
+    "AdaLoRA",
+    "BitFit",
+    "Bottleneck",
+    "DoRA",
+    "IA3",
+    "LlamaAdapter",
     "LoRA",
+    "PTuning",
+    "Prefix",
+    "Prompt",
     "SFTConfig",
+    "VeRA",
     "attach",
     "detach",
     "errors",

@@ -9,7 +9,7 @@ from torch import nn
 
 from truetune.adapters import files
 from truetune.adapters import inject as _inject
-from truetune.config.lora import LoRA
+from truetune.config.adapter import AdapterConfig
 from truetune.config.merge import MergeConfig
 from truetune.config.quant import QuantGroup
 from truetune.config.quantize import QuantizeConfig
@@ -48,8 +48,8 @@ def load(
     )
 
 
-def attach(model: nn.Module, config: LoRA, *, seed: int = 0) -> _inject.Attachment:
-    """Freeze a model and put adapters beside the layers that ``config.targets`` names; returns what was wrapped."""
+def attach(model: nn.Module, config: AdapterConfig, *, seed: int = 0) -> _inject.Attachment:
+    """Freeze a model and put a method's adapters on it (``truetune.LoRA``, ``IA3``, …); returns what was wrapped."""
     return _inject.attach(model, config, seed=seed)
 
 

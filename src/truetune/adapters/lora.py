@@ -154,9 +154,10 @@ class LoRALinear(Mergeable):
         Args:
             own: tensors to take in place of the layer's, by their suffixes in the file.
         """
-        if own is None and self.start_a is None:
-            return self.lora_a, self.lora_b
-        own = self.own() if own is None else own
+        if own is None:
+            if self.start_a is None or self.start_b is None:
+                return self.lora_a, self.lora_b
+            own = {A: self.lora_a, B: self.lora_b, START_A: self.start_a, START_B: self.start_b}
         if START_A not in own:
             return own[A], own[B]
         return torch.cat([own[A], own[START_A]]), torch.cat([own[B], -own[START_B]], dim=1)

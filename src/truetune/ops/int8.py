@@ -119,14 +119,15 @@ def quantize_activation(x: Tensor, threshold: float = THRESHOLD) -> Activation:
         raise ConfigError(f"outlier threshold of {threshold:g}: expected 0 (no outliers) or more")
     x = x.detach()
     blocked = _runs_on_tiles(x)
-    stored, scale, outlying = _quantized(x, threshold or math.inf, blocked=blocked)
-    columns = outlying.nonzero()[:, 0]
-    if len(columns) and blocked:
+    stored, scale, columns = _quantized(x, threshold or math.inf, blocked=blocked)
+    if columns is None:
+        none = torch.empty(0, dtype=torch.int64, device=x.device)
+        return Activation(stored, scale, none, x.new_empty(len(x), 0), x.shape[1], blocked)
+    if blocked:
         native.unblocked(stored)[:, :, columns // native.STEP, columns % native.STEP] = 0
-    elif len(columns):
+    else:
         stored[:, columns] = 0
-    values = x[:, columns] if len(columns) else x.new_empty(len(x), 0)
-    return Activation(stored, scale, columns, values, x.shape[1], blocked)
+    return Activation(stored, scale, columns, x[:, columns], x.shape[1], blocked)
 
 
 def linear(
@@ -213,20 +214,19 @@ class _Memo:
 _memo = _Memo()
 
 
-def _quantized(x: Tensor, limit: float, *, blocked: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """``(codes, scale, [in]: the columns with a value of that limit or more, if that is finite)`` of x [n, in]."""
+def _quantized(x: Tensor, limit: float, *, blocked: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``(codes, scale, columns with a value of the limit or more, if it is finite and there are any)`` of x [n, in]."""
     if library := dispatch.native(x):
-        outlying = torch.zeros(x.shape[1], dtype=torch.uint8)
-        bounded = outlying if limit < math.inf else None
-        return *native.quantize(library, x, limit, bounded, blocked=blocked), outlying
+        return native.quantize(library, x, limit, apart=limit < math.inf, blocked=blocked)
     wide = x.to(_wide(x.dtype))
     size = wide.abs()
     inside = size < limit
-    outlying = (size >= limit) if limit < math.inf else torch.zeros_like(inside)
+    outlying = (size >= limit) & (limit < math.inf)
     scale = torch.where(inside, size, 0).amax(1).masked_fill((~inside & ~outlying).any(1), math.nan).float()
     factor = (scale.reciprocal() * 127).nan_to_num(0, posinf=0).to(wide.dtype)  # a size below 2⁻¹²¹ counts as none
     codes = torch.where(inside, wide * factor[:, None], 0).round().to(torch.int8)
-    return codes, scale, outlying.any(0)
+    columns = outlying.any(0).nonzero()[:, 0]
+    return codes, scale, columns if len(columns) else None
 
 
 def _whole_product(x: Tensor, w: Tensor) -> Tensor:

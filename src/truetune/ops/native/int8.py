@@ -24,6 +24,7 @@ _ARGUMENTS = {
     "tt_int8_lay": (_P, _P, _P, _I64, _I64, _I32),
     "tt_int8_product": (_P,),
 }
+_RESULTS = {"tt_int8_quantize": _I32, "tt_int8_product": _I64}
 
 
 class _Call(ctypes.Structure):
@@ -50,7 +51,7 @@ def _functions(library: Library) -> ctypes.CDLL:
         if hasattr(library.functions, name):
             function = getattr(library.functions, name)
             function.argtypes = types
-            function.restype = _I64 if name == "tt_int8_product" else None
+            function.restype = _RESULTS.get(name)
     return library.functions
 
 
@@ -69,23 +70,24 @@ def _up(n: int, to: int) -> int:
 
 
 def quantize(
-    library: Library, x: Tensor, limit: float, outlying: Tensor | None, *, blocked: bool
-) -> tuple[Tensor, Tensor]:
-    """``(codes, scale)`` of the rows of x [n, in]: codes [n, in], or as ``unblocked`` takes them.
+    library: Library, x: Tensor, limit: float, *, apart: bool, blocked: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``(codes, scale, outlying columns)`` of the rows of x [n, in]: codes [n, in], or as ``unblocked`` takes them.
 
     Args:
-        limit: values of this size and more are left out.
-        outlying: [in] uint8, becomes 1 where a column has such a value; without it, its row's scale is NaN.
+        limit: values of this size and more have no codes.
+        apart: the columns they are in are returned, [r] int64, or None if there is none. Else their rows have a scale
+            of NaN, as those with a NaN always have.
     """
     x = x.contiguous()
     rows, columns = x.shape
     codes = _codes(_up(rows, BLOCK), _up(columns, STEP)) if blocked else _codes(rows, columns)
-    scale = torch.empty(rows)
-    _functions(library).tt_int8_quantize(
-        x.data_ptr(), codes.data_ptr(), scale.data_ptr(), _address(outlying, torch.uint8, columns),
+    scale, outlying = torch.empty(rows), torch.zeros(columns, dtype=torch.uint8) if apart else None
+    found = _functions(library).tt_int8_quantize(
+        x.data_ptr(), codes.data_ptr(), scale.data_ptr(), None if outlying is None else outlying.data_ptr(),
         rows, columns, _CODE[x.dtype], blocked, limit,
     )  # fmt: skip
-    return codes, scale
+    return codes, scale, outlying.nonzero()[:, 0] if found and outlying is not None else None
 
 
 def _codes(rows: int, columns: int) -> Tensor:

@@ -19,6 +19,7 @@ typedef struct {
     int8_t *codes;
     float *scale;
     uint8_t *outlying; /* [n]: columns that hold a value of `limit` or more; null: none may */
+    int32_t *found;    /* whether there is one */
     int64_t rows, n;
     int32_t dtype, blocked;
     float limit;
@@ -36,9 +37,10 @@ static __attribute__((noinline)) float int8_scale_with(const tt_int8_quantize_ar
         float size = fabsf(value);
         if (size < c->limit)
             most = size > most ? size : most;
-        else if (value == value && c->outlying)
+        else if (value == value && c->outlying) {
             __atomic_store_n(c->outlying + i, 1, __ATOMIC_RELAXED);
-        else
+            __atomic_store_n(c->found, 1, __ATOMIC_RELAXED);
+        } else
             bad = 1;
     }
     return bad ? NAN : most;
@@ -133,10 +135,13 @@ static void int8_quantize_task(void *context, int64_t block) {
         int8_quantize_block(*c, block, TT_BFLOAT16);
 }
 
-TT_API void tt_int8_quantize(const void *x, int8_t *codes, float *scale, uint8_t *outlying, int64_t rows, int64_t n,
-                             int32_t dtype, int32_t blocked, float limit) {
-    tt_int8_quantize_args c = {x, codes, scale, outlying, rows, n, dtype, blocked, limit};
+/* Whether a column was marked. */
+TT_API int32_t tt_int8_quantize(const void *x, int8_t *codes, float *scale, uint8_t *outlying, int64_t rows, int64_t n,
+                                int32_t dtype, int32_t blocked, float limit) {
+    int32_t found = 0;
+    tt_int8_quantize_args c = {x, codes, scale, outlying, &found, rows, n, dtype, blocked, limit};
     tt_parallel((rows + INT8_ROWS - 1) / INT8_ROWS, int8_quantize_task, &c);
+    return found;
 }
 
 #include "int8_rescale.h"
