@@ -36,11 +36,11 @@ _PUBLIC = {
 _MODULES = ("errors", "nn", "optim")
 
 __all__ = [
+    "IA3",
     "AdaLoRA",
     "BitFit",
     "Bottleneck",
     "DoRA",
-    "IA3",
     "LlamaAdapter",
     "LoRA",
     "PTuning",

@@ -84,7 +84,7 @@ def test_a_value_of_the_wrong_type_is_refused(capsys: pytest.CaptureFixture[str]
         ("pretrain", ["--model", "--data"]),
         ("merge", ["--model", "--adapter", "--out"]),
         ("generate", ["--model", "--prompt"]),
-        ("inspect", ["--path"]),
+        ("quantize", ["--path", "--out"]),
     ],
 )
 def test_every_missing_setting_is_named_at_once(
@@ -93,6 +93,10 @@ def test_every_missing_setting_is_named_at_once(
     text = refused(capsys, command)
     assert all(f"{flag} is required" in text for flag in missing)
     assert f"truetune {command} --help" in text
+
+
+def test_inspect_wants_something_to_look_at(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "a folder or file to look at, or --methods" in refused(capsys, "inspect")
 
 
 def test_an_equals_sign_and_a_blank_mean_the_same() -> None:

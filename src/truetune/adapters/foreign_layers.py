@@ -102,7 +102,7 @@ def _convolution(path: str, layer: nn.Conv2d, a: Tensor, b: Tensor) -> Layer:
         raise AdapterError(f"{path}: A {list(a.shape)} and B {list(b.shape)} are not those of a square kernel")
     rank = len(a) // k
     beside = b.view(out, k, rank * k).flatten(1)
-    along = torch.block_diag(*[a] * k)
+    along: Tensor = torch.block_diag(*[a] * k)  # type: ignore[no-untyped-call]
     shape = (rank * k * k, inner, k, k)
     return Layer(path, along.view(shape), beside[..., None, None], widened=k * k)
 
@@ -153,7 +153,7 @@ def _split(
     sizes = [frozen_weight(known[path]).out_features for path in wanted]
     if len(wanted) * rank != len(a) or sum(sizes) != len(b):
         raise AdapterError(f"{name}: A {list(a.shape)} and B {list(b.shape)} do not fit {', '.join(wanted)}")
-    parts = zip(wanted, a.split(rank), b.split(sizes), strict=True)
+    parts = zip(wanted, torch.split(a, rank), torch.split(b, sizes), strict=True)
     return [Layer(path, own, beside) for path, own, beside in parts]
 
 

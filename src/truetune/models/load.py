@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,7 @@ def save_model(model: PreTrainedModel, folder: Path) -> None:
 
 def skeleton(config: Any, *, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a config with shapes and no weights, on the meta device."""
+    config = copy.deepcopy(config)  # the library writes the dtype into it
     with quiet(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()

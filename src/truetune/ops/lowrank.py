@@ -64,7 +64,7 @@ def squared_rows(weight: Tensor) -> Tensor:
     Some rows at a time, so that a bf16 weight is never whole in float32.
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
-    parts = [rows.to(wide).square().flatten(1).sum(1) for rows in weight.split(_ROWS)]
+    parts = [rows.to(wide).square().flatten(1).sum(1) for rows in torch.split(weight, _ROWS)]
     return torch.cat(parts) if parts else weight.new_zeros(0, dtype=wide)
 
 

@@ -255,8 +255,8 @@ class _Project(torch.autograd.Function):
 def _times(u: Tensor, magnitude: Tensor, into: Tensor | None = None) -> Tensor:
     """Computes g ∘ u, [n, out], rounded once from a g in float32.
 
-    A CPU takes three times as long over a product of two dtypes. A DoRA's g is near 1, where bf16 is coarse and g - 1 is
-    not: u + (g - 1) ∘ u, which torch sums in float32.
+    A CPU takes three times as long over a product of two dtypes. A DoRA's g is near 1, where bf16 is coarse and g - 1
+    is not: u + (g - 1) ∘ u, which torch sums in float32.
     """
     out = buffers.empty_like(u) if into is None else into
     if u.device.type == "cpu" and u.dtype.itemsize < 4:

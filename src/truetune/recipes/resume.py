@@ -20,7 +20,19 @@ from truetune.ops import dispatch
 from truetune.train.log import Screen
 
 # Settings that may differ between a run and its resumption, because they do not change what is computed.
-_FREE = {"out", "resume", "keep", "save_every", "eval_every", "log_every", "dry_run", "select", "device", "recompute"}
+_FREE = {
+    "out",
+    "resume",
+    "keep",
+    "save_every",
+    "eval_every",
+    "log_every",
+    "dry_run",
+    "select",
+    "device",
+    "recompute",
+    "max_memory",
+}
 
 _WORDS = {"data": "data", "held_out": "held-out data", "base": "base model's weights"}
 

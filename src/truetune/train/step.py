@@ -79,7 +79,8 @@ def accumulate(
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed; torch has no class of its own for it on the CPU."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
-        words in str(error) for words in ("can't allocate memory", "not enough memory")  # Linux and macOS; Windows
+        words in str(error)
+        for words in ("can't allocate memory", "not enough memory")  # Linux and macOS; Windows
     )
 
 

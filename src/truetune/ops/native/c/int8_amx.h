@@ -34,69 +34,76 @@ static void int8_pack(const int8_product *c, const int8_sum *s, int8_area u, int
     }
 }
 
-/* One piece of a sum for all rows of a unit, which is finished if there are factors and this is the last. */
+/* A piece of the sum, for all rows of a unit. */
 typedef struct {
     int64_t first, steps; /* of the depth */
-    int last;
-    char *right, *to;
-    const char *chosen;
-    const float *factors;
+    char *right, *to;     /* panels; sums */
+    char *beside, *apart; /* panels of what was chosen; its sums, for one row of blocks */
+    float *factors;       /* of the unit's columns */
 } int8_piece;
 
-TT_INLINE void int8_run(const int8_product *c, const int8_sum *s, int8_area u, int8_piece p, const int codes) {
-    int64_t panels = int8_count(u.columns, INT8_SIDE), part = int8_steps_of(s) * INT8_STEP;
-    int64_t block = part * s->parts, across = panels * INT8_RESULTS;
-    int whole = p.last && p.first == 0; /* then no sum has to wait for another piece */
+TT_INLINE void int8_across(const int8_sum *s, int64_t row, int64_t panels, int64_t first, int64_t steps, int add,
+                           const char *right, char *to, const int codes) {
+    int64_t part = int8_steps_of(s) * INT8_STEP, block = part * s->parts;
+    const char *left = s->left + row / INT8_SIDE * block + first * INT8_STEP, *next = left + block;
+    for (int64_t j = 0; j < panels; j++, right += steps * INT8_STEP, to += INT8_RESULTS, next += steps * 256)
+        int8_results(to, left, part, s->parts, right, steps, add, next, codes);
+}
+
+static void int8_run(const int8_product *c, int8_area u, int8_piece p) {
+    int64_t panels = int8_count(u.columns, INT8_SIDE), across = panels * INT8_RESULTS;
+    int64_t all = int8_steps_of(&c->sum), beside = int8_steps_of(&c->chosen);
+    int last = p.first + p.steps == all;
     for (int64_t i = 0; i < u.rows; i += INT8_SIDE) {
-        const char *left = s->left + (u.row + i) / INT8_SIDE * block + p.first * INT8_STEP;
-        char *to = p.to + (whole ? 0 : i / INT8_SIDE * across);
-        for (int64_t j = 0; j < panels; j++)
-            int8_results(to + j * INT8_RESULTS, left, part, s->parts, p.right + j * p.steps * INT8_STEP, p.steps,
-                         p.first > 0, left + block + j * p.steps * 256, codes);
+        char *to = p.to + (p.steps < all ? i / INT8_SIDE * across : 0); /* one piece: no sum waits for another */
+        if (c->sum.kind == INT8_ALL)
+            int8_across(&c->sum, u.row + i, panels, p.first, p.steps, p.first > 0, p.right, to, 1);
+        else
+            int8_across(&c->sum, u.row + i, panels, p.first, p.steps, p.first > 0, p.right, to, 0);
+        if (!last) continue;
+        if (beside) int8_across(&c->chosen, u.row + i, panels, 0, beside, 0, p.beside, p.apart, 0);
         int8_area row = {u.row + i, smaller(INT8_SIDE, u.rows - i), u.column, u.columns};
-        if (p.last) int8_finish(c, row, to, p.chosen ? p.chosen + i / INT8_SIDE * across : 0, p.factors);
+        int8_finish(c, row, to, beside ? p.apart : 0, p.factors);
     }
 }
 
-static void int8_add_up(const int8_product *c, const int8_sum *s, int8_area u, int8_piece p, int finish) {
-    int64_t step = int8_step_of(s), all = int8_steps_of(s);
+static void int8_unit(const int8_product *c, int8_area u, int8_piece p) {
+    int64_t step = int8_step_of(&c->sum), all = int8_steps_of(&c->sum), beside = int8_steps_of(&c->chosen);
     int64_t most = int8_count(all, int8_count(all, INT8_STEPS));
+    for (int64_t j = 0; j < c->width; j++)
+        p.factors[j] = c->right_scale && j < u.columns ? c->right_scale[u.column + j] * (1.0f / 127.0f) : 0.0f;
+    int8_pack(c, &c->chosen, u, 0, c->chosen.depth, p.beside, beside * INT8_STEP);
     for (p.first = 0; p.first < all; p.first += most) {
         p.steps = smaller(most, all - p.first);
-        p.last = finish && p.first + p.steps == all;
-        int64_t from = p.first * step, depth = smaller(p.steps * step, s->depth - from);
-        int8_pack(c, s, u, from, depth, p.right, p.steps * INT8_STEP);
-        if (s->kind == INT8_ALL)
-            int8_run(c, s, u, p, 1);
-        else
-            int8_run(c, s, u, p, 0);
+        int64_t from = p.first * step, depth = smaller(p.steps * step, c->sum.depth - from);
+        int8_pack(c, &c->sum, u, from, depth, p.right, p.steps * INT8_STEP);
+        int8_run(c, u, p);
     }
 }
 
-/* Scratch of a unit: panels, the columns' factors, sums, and sums of what was chosen. */
-static int64_t int8_panel_bytes(const int8_product *c) { return c->width * 64 * INT8_STEPS; }
-static int64_t int8_sum_bytes(const int8_product *c, const int8_sum *s, int finish) {
-    return c->width * 4 * (finish && int8_steps_of(s) <= INT8_STEPS ? INT8_SIDE : c->height);
+/* Scratch of a worker, in this order: panels, the columns' factors, sums, panels and sums of what was chosen. */
+static int64_t int8_bytes(const int8_product *c, int64_t offsets[4]) {
+    int64_t rows = int8_steps_of(&c->sum) <= INT8_STEPS ? INT8_SIDE : c->height, beside = int8_steps_of(&c->chosen);
+    offsets[0] = c->width * 64 * INT8_STEPS;
+    offsets[1] = offsets[0] + c->width * 4;
+    offsets[2] = offsets[1] + c->width * 4 * rows;
+    offsets[3] = offsets[2] + c->width * 64 * beside;
+    return offsets[3] + (beside ? c->width * 4 * INT8_SIDE : 0);
 }
 
 static void int8_work(void *context, int64_t worker) {
     int8_product *c = (int8_product *)context;
-    int64_t across = int8_count(c->columns, c->width), units = across * int8_count(c->rows, c->height);
-    char *right = c->scratch + worker * c->bytes;
-    float *factors = (float *)(right + int8_panel_bytes(c));
-    char *to = (char *)(factors + c->width), *chosen = to + int8_sum_bytes(c, &c->sum, 1);
+    int64_t across = int8_count(c->columns, c->width), units = across * int8_count(c->rows, c->height), offsets[4];
+    char *at = c->scratch + worker * int8_bytes(c, offsets);
+    int8_piece p = {.right = at, .factors = (float *)(at + offsets[0]), .to = at + offsets[1],
+                    .beside = at + offsets[2], .apart = at + offsets[3]};
     amx_open();
     for (;;) {
         int64_t unit = __atomic_fetch_add(&c->next, 1, __ATOMIC_RELAXED);
         if (unit >= units) break;
         int64_t row = unit / across * c->height, column = unit % across * c->width;
         int8_area u = {row, smaller(c->height, c->rows - row), column, smaller(c->width, c->columns - column)};
-        for (int64_t j = 0; j < c->width; j++)
-            factors[j] = c->right_scale && j < u.columns ? c->right_scale[column + j] * (1.0f / 127.0f) : 0.0f;
-        int8_piece p = {.right = right, .to = chosen};
-        if (c->chosen.depth) int8_add_up(c, &c->chosen, u, p, 0);
-        p = (int8_piece){.right = right, .to = to, .chosen = c->chosen.depth ? chosen : 0, .factors = factors};
-        int8_add_up(c, &c->sum, u, p, 1);
+        int8_unit(c, u, p);
     }
     amx_close();
 }
@@ -104,11 +111,10 @@ static void int8_work(void *context, int64_t worker) {
 /* Units of about one size, so many that each worker has as many; returns the bytes of scratch for all workers. */
 static int64_t int8_plan(int8_product *c, int64_t workers) {
     int64_t across = round_up(int8_count(c->columns, INT8_WIDTH), workers), down = int8_count(c->rows, INT8_HEIGHT);
+    int64_t offsets[4];
     c->width = round_up(int8_count(c->columns, across), INT8_SIDE);
     c->height = round_up(int8_count(c->rows, down), INT8_SIDE);
-    c->bytes = int8_panel_bytes(c) + 4 * c->width + int8_sum_bytes(c, &c->sum, 1);
-    if (c->chosen.depth) c->bytes += int8_sum_bytes(c, &c->chosen, 0);
-    return workers * c->bytes;
+    return workers * int8_bytes(c, offsets);
 }
 
 /* Whether there is the tile unit, and this process may use it for codes. */

@@ -24,7 +24,7 @@ typedef struct {
     const float *left_scale, *right_scale, *bias; /* of rows; of columns; of columns or null. No left_scale: none */
     void *out;
     int32_t dtype, add;
-    int64_t height, width, bytes, next; /* of a unit of work, and of its scratch; the first that nobody took */
+    int64_t height, width, next; /* of a unit of work; the first that nobody took */
     char *scratch;
 } int8_product;
 
