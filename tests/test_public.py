@@ -14,7 +14,7 @@ from truetune.errors import TruetuneError
 
 
 def test_all_names_what_is_there() -> None:
-    assert sorted(tt.__all__) == list(tt.__all__)
+    assert len(set(tt.__all__)) == len(tt.__all__)
     assert set(tt.__all__) == set(tt._PUBLIC) | set(tt._MODULES)
     assert set(dir(tt)) == {*tt.__all__, "__version__"}
     for name in tt.__all__:

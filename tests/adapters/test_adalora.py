@@ -18,8 +18,9 @@ from truetune.adapters import files
 from truetune.adapters.adalora import AdaLoRALinear
 from truetune.adapters.inject import adapters, attach, settle
 from truetune.adapters.rank_allocation import Phases, RankAllocation
+from truetune.checkpoint import run_state
 from truetune.config.lora import AdaLoRA
-from truetune.errors import AdapterError
+from truetune.errors import AdapterError, CheckpointError
 from truetune.train.hooks import Hooks
 
 SMALL = AdaLoRA(rank=4, target_rank=2, alpha=8)
@@ -222,6 +223,15 @@ def test_after_the_last_decision_lost_ranks_stay_lost() -> None:
     assert len(lost[3]) == 2 * len(layers)
     assert lost[3] == lost[4] == lost[7]
     assert lost[0] != lost[3]
+
+
+def test_a_checkpoint_without_what_was_measured_is_refused(tmp_path: Path) -> None:
+    model = adapted()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    path = run_state.save(tmp_path, model, optimizer, run_state.Progress(step=3), base=None, keep=1)
+    RankAllocation(layers_of(model), SMALL, steps=8)
+    with pytest.raises(CheckpointError, match=r"method\.safetensors does not hold what this method keeps"):
+        run_state.restore(path, model)
 
 
 @pytest.mark.parametrize(

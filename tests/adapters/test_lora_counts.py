@@ -1,4 +1,4 @@
-"""Published numbers of trained parameters, on models of those shapes that hold no weights."""
+"""Numbers of trained parameters by the formula, on models of published shapes that hold no weights."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def low_rank(rank: int, *maps: tuple[int, int]) -> int:
 
 
 def test_llama_7b_on_queries_and_values() -> None:
-    """Published with PEFT's and Alpaca-LoRA's examples: 4,194,304."""
+    """The number that Alpaca-LoRA's runs print."""
     model = skeleton("LlamaConfig", **LLAMA_7B)
     attach(model, LoRA(rank=8, targets=("q_proj", "v_proj")))
     assert sum(trainable(model).values()) == 4_194_304 == 32 * 2 * low_rank(8, (4096, 4096))
 
 
 def test_starcoder_on_its_attention_and_projections() -> None:
-    """One key and value for all heads; ``c_proj`` is in the attention and in the MLP. Published: 35,553,280."""
+    """One key and value for all heads; ``c_proj`` is in the attention and in the MLP."""
     model = skeleton("GPTBigCodeConfig", **STARCODER)
     attach(model, LoRA(rank=16, targets=("c_attn", "c_proj")))
     per_layer = low_rank(16, (6144, 6144 + 2 * 128), (6144, 6144), (24576, 6144))
@@ -42,14 +42,13 @@ def test_starcoder_on_its_attention_and_projections() -> None:
 
 
 def test_bloomz_3b_on_queries_keys_and_values() -> None:
-    """Published: 4,915,200."""
     model = skeleton("BloomConfig", **BLOOMZ_3B)
     attach(model, LoRA(rank=16, targets=("query_key_value",)))
     assert sum(trainable(model).values()) == 30 * low_rank(16, (2560, 3 * 2560)) == 4_915_200
 
 
 def test_loralib_on_queries_and_values_of_gpt2_medium() -> None:
-    """r = 4, 0.35 M in the paper (Hu et al. 2021, table 3): 393,216 with an A for each part."""
+    """An A for each part, and no B for the keys."""
     model = skeleton("GPT2Config", n_embd=1024, n_layer=24, n_head=16)
     attach(model, LoRA(rank=4, targets=("c_attn",), slices=("qkv=q,v",)))
     assert sum(trainable(model).values()) == 24 * 2 * low_rank(4, (1024, 1024)) == 393_216

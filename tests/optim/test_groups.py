@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch.nn import Parameter
 
+from truetune.config.sft import SFTConfig
+from truetune.errors import ConfigError
 from truetune.optim import choose
 from truetune.optim.adamw import adamw
 from truetune.optim.groups import parameter_groups
@@ -74,3 +76,9 @@ def test_the_first_step_of_adamw_moves_b_by_the_ratio() -> None:
     update(optimizer, parameters.values(), lr=1e-3, clip=1.0)
     for key, p in parameters.items():
         assert float((1 - p.detach()).abs().max()) == pytest.approx(16e-3 if "lora_B" in key else 1e-3, rel=1e-3)
+
+
+def test_a_method_without_a_pair_has_nothing_to_learn_faster() -> None:
+    with pytest.raises(ConfigError, match=r"--method ia3 has no A and B(.|\n)*lora, dora, adalora do"):
+        SFTConfig(model="m", data=("d",), method="ia3", lora_plus_ratio=16.0)
+    assert SFTConfig(model="m", data=("d",), method="adalora", lora_plus_ratio=16.0).lora_plus_ratio == 16

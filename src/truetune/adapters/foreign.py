@@ -28,7 +28,7 @@ from truetune.adapters.files import load as attach_file
 from truetune.adapters.foreign_layers import Layer, of_lit, of_loralib
 from truetune.errors import AdapterError
 
-_LIT = re.compile(r"transformer\.h\.\d+\.attn\.(qkv|attn|c_attn)")
+_LIT = re.compile(r"transformer\.h\.\d+\.(attn\.(qkv|attn|c_attn|proj)|mlp\.(fc_1|fc_2|proj))")
 _ROOT = "base_model.model."
 
 
@@ -71,7 +71,7 @@ def read(
         raise AdapterError(f"{path} is no LoRA of loralib or litgpt", ("found", "\n".join(odd[:8])))
     settings = _settings(path, alpha, enable_lora)
     whole = {name: (a, b) for name, (a, b) in pairs.items() if b is not None}
-    is_lit = any(_LIT.fullmatch(name) for name in layers) and not _has(model, layers[0])
+    is_lit = any(_LIT.fullmatch(name) and not _has(model, name) for name in layers)
     found = (of_lit if is_lit else of_loralib)(whole, model, settings.enable_lora)
     return AdapterFile(path, _config(found, settings, biases), _keyed(found, model, biases, path), {})
 

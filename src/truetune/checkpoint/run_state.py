@@ -1,7 +1,8 @@
 """A training run's state: the trained tensors, the optimizer's, and a few counters. Nothing else is needed to go on.
 
 ``step-000100/`` holds ``adapter/`` (PEFT's format, usable as it is) or ``weights.safetensors`` for full tuning,
-``optimizer.safetensors`` and ``state.json``. Data order and dropout are functions of the step: no generator is saved.
+``optimizer.safetensors``, ``state.json``, and of a method that keeps more than its parameters while training (AdaLoRA),
+``method.safetensors``. Data order and dropout are functions of the step: no generator is saved.
 """
 
 from __future__ import annotations

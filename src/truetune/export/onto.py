@@ -20,6 +20,7 @@ from truetune.checkpoint.mapped import view
 from truetune.checkpoint.tensors import name_in_checkpoint
 from truetune.config.quant import QuantRecipe
 from truetune.errors import ModelError
+from truetune.export.difference import squared
 from truetune.export.merge import Addition, Edit
 from truetune.ops.frozen import is_conv1d
 from truetune.quant import bnb_state
@@ -48,14 +49,14 @@ class Drift:
 
     def add(self, site: _Site, merged: Tensor, live: Tensor) -> None:
         """One weight, as its layer stores it; ``live`` in float32."""
-        self._norm += float(live.square().sum())
-        self._squared += float((merged.float() - live).square_().sum())
+        error, norm = squared(merged, live)
+        self._squared, self._norm = self._squared + error, self._norm + norm
         if self.again:
             if site.path in self.paths:
                 layer = quantised(site.layer, self.again, site.path, dtype=self.dtype)
                 layer.pack(merged)
                 merged = _as_stored(layer, site.layer)
-            self._repacked += float((merged.float() - live).square_().sum())
+            self._repacked += squared(merged, live)[0]
 
     @property
     def relative(self) -> float:

@@ -15,6 +15,7 @@ from truetune.checkpoint.shards import ShardWriter
 from truetune.checkpoint.tensors import load, name_in_checkpoint, open_index
 from truetune.config.quant import QuantRecipe
 from truetune.errors import ModelError
+from truetune.export.difference import squared
 from truetune.export.new_folder import appearing, check_out, side_contents
 from truetune.ops.allocator import return_freed_memory
 from truetune.ops.frozen import is_conv1d
@@ -141,9 +142,8 @@ def _made(
     path, skeleton = layers[entry.name]
     layer = quantised(skeleton, recipe, path, dtype=dtype)
     layer.pack(dense.to(dtype))
-    wide = (dense.T if is_conv1d(skeleton) else dense).float()
-    errors[0] += float((layer.frozen_weight().dense().float() - wide).square_().sum())
-    errors[1] += float(wide.square_().sum())
+    error, norm = squared(layer.frozen_weight().dense(), dense.T if is_conv1d(skeleton) else dense)
+    errors[0], errors[1] = errors[0] + error, errors[1] + norm
     stem = entry.name.removesuffix("weight")
     yield from ((stem + name, tensor) for name, tensor in layer.packed().items())
 
