@@ -4,8 +4,9 @@ Three tiers, each with the same names and signatures:
 
 - ``reference``: plain torch, in closed form. Every operation has it, on any device, in float64 too.
 - ``native``: C, compiled on first use (``ops/native``); dense CPU tensors in float32 or bfloat16. It has RMS norm and
-  layer norm, gated activations, counter-based dropout, softmax cross-entropy, attention over packed segments, and
-  block-wise quantisation to 4 and 8 bits.
+  layer norm, gated activations, counter-based dropout, softmax cross-entropy, attention over packed segments,
+  block-wise quantisation to 4 and 8 bits, 8-bit optimizers, and on CPUs with a tile unit (AMX) products of int8 codes
+  and those with a rank.
 - ``triton``: not there yet.
 
 ``TRUETUNE_KERNELS=reference|native|triton|auto`` chooses. ``auto``, the default, runs the native version wherever there

@@ -7,6 +7,7 @@ and in every tier, to the bit.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,34 @@ from truetune.ops import dispatch
 from truetune.ops.native import elementwise
 
 _WORD = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Mask:
+    """What decides on each element of an [n, h] matrix; the arguments of ``dropout``."""
+
+    p: float
+    keys: Tensor
+    site: int
+
+    @property
+    def threshold(self) -> int:
+        """An element is kept where its lane reaches this."""
+        return round(self.p * 65536)
+
+    @property
+    def kept(self) -> float:
+        """What an element that is kept is multiplied with."""
+        return 1.0 / (1.0 - self.p) if self.p < 1.0 else 0.0
+
+    @property
+    def word(self) -> int:
+        """The site, as the kernels take it."""
+        return self.site & _WORD
+
+    def on(self, x: Tensor) -> Tensor:
+        """``dropout`` of x [n, h]."""
+        return dropout(x, self.p, self.keys, self.site)
 
 
 def dropout(x: Tensor, p: float, keys: Tensor, site: int) -> Tensor:
@@ -37,9 +66,10 @@ def dropout(x: Tensor, p: float, keys: Tensor, site: int) -> Tensor:
         raise ConfigError(f"dropout of {p:g}: expected 0 to 1")
     if p == 0.0:
         return x
-    threshold, scale = round(p * 65536), 1.0 / (1.0 - p) if p < 1.0 else 0.0
+    mask = Mask(p, keys, site)
+    threshold, scale = mask.threshold, mask.kept
     if library := dispatch.native(x):
-        return elementwise.dropout(library, x, keys, threshold=threshold, site=site & _WORD, scale=scale)
+        return elementwise.dropout(library, x, keys, threshold=threshold, site=mask.word, scale=scale)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     # A product, so that a NaN stays one even where it is dropped.
     return (wide * ((lanes(keys, site, x.shape[1]) >= threshold) * wide.new_tensor(scale))).to(x.dtype)

@@ -22,11 +22,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from truetune.ops import buffers, gated, norm
-from truetune.ops.dropout import dropout as drop
+from truetune.ops import buffers, gated, norm, rescale, thin
+from truetune.ops.dropout import Mask
 from truetune.ops.frozen import FrozenWeight
-
-_NEAR = 0.5  # from 1: there bf16's error in g - 1 is at most its error in g
 
 
 @dataclass(frozen=True)
@@ -85,9 +83,14 @@ class Group:
         """Whether W is multiplied with the dropped input as well."""
         return self.drops_base and self.keys is not None and any(p.magnitude is not None for p in self.projections)
 
+    @property
+    def mask(self) -> Mask | None:
+        """Of the low-rank paths' input."""
+        return None if self.keys is None or not self.dropout else Mask(self.dropout, self.keys, self.site)
+
     def drop(self, x: Tensor) -> Tensor:
         """The low-rank paths' input; of a gradient, its backward."""
-        return x if self.keys is None else drop(x, self.dropout, self.keys, self.site)
+        return x if self.mask is None else self.mask.on(x)
 
 
 class Source(Protocol):
@@ -186,19 +189,30 @@ class _Call:
         stacked = [a.to(dtype) for a, _, _ in pairs]
         return [torch.cat(stacked) if len(pairs) > 1 else stacked[0], *((b * s).to(dtype) for _, b, s in pairs)]
 
-    def output(self, p: Projection, x: Tensor, low: Tensor, h: Tensor | None, b: Tensor | None) -> _Output:
+    def output(
+        self, p: Projection, x: Tensor, low: Tensor, h: Tensor | None, b: Tensor | None, *, residual: Tensor | None
+    ) -> _Output:
         """One projection of x [n, in], where ``low`` is drop(x), ``h`` is A drop(x) and ``b`` is s B."""
         if p.magnitude is None:
             y = p.weight.matmul(x, p.constant(x.dtype))
-            return _Output(y if h is None or b is None else y.addmm_(h, b.T))
+            if h is not None and b is not None:
+                return _Output(thin.add(y, h, b, residual=residual))
+            return _Output(y if residual is None else y.add_(residual))
+        return self.scaled_output(p, x, low, h, b, residual)
+
+    def scaled_output(
+        self, p: Projection, x: Tensor, low: Tensor, h: Tensor | None, b: Tensor | None, *, residual: Tensor | None
+    ) -> _Output:
+        """The same of a projection with a magnitude."""
+        assert p.magnitude is not None
         scaled = p.weight.matmul(low if self.group.twice else x)
-        scaled = scaled if h is None or b is None else scaled.addmm_(h, b.T)
+        scaled = scaled if h is None or b is None else thin.add(scaled, h, b)
         if self.group.twice:
             y = p.weight.matmul(x - low, p.constant(x.dtype))
-            return _Output(y.add_(_times(scaled, p.magnitude)), scaled)
-        scaled = _times(scaled, p.magnitude, into=scaled)
-        constant = p.constant(x.dtype)
-        return _Output(scaled if constant is None else scaled + constant, scaled)
+            y = rescale.add_(y, scaled, p.magnitude)
+            return _Output(y if residual is None else y.add_(residual), scaled)
+        y = rescale.scale_(scaled, p.magnitude, constant=p.constant(x.dtype), residual=residual)
+        return _Output(y, scaled)
 
 
 @dataclass(frozen=True)
@@ -215,21 +229,20 @@ class _Project(torch.autograd.Function):
         inputs, group = tensors[: call.inputs], call.group
         x, memo = call.source.forward(*inputs)
         cast, h = call.cast(x.dtype), list[Tensor]()
-        low = group.drop(x) if cast or group.twice else x
+        low = group.drop(x) if group.twice else x
         if cast:
-            h = _split(low @ cast[0].T, cast[1:])
+            h = _split(thin.down(x, cast[0], group.mask), cast[1:])
         paths = dict(zip(group.adapted, zip(h, cast[1:], strict=True), strict=True))
-        found = [call.output(p, x, low, *paths.get(i, (None, None))) for i, p in enumerate(group.projections)]
-        outputs = [each.y for each in found]
-        if call.has_residual:
-            outputs[0] = outputs[0] + tensors[call.inputs] if found[0].scaled is outputs[0] else outputs[0].add_(
-                tensors[call.inputs]
-            )  # fmt: skip
+        residual = tensors[call.inputs] if call.has_residual else None
+        found = [
+            call.output(p, x, low, *paths.get(i, (None, None)), residual=residual)
+            for i, p in enumerate(group.projections)
+        ]
         ctx.call = call
         kept = (x if cast else None, memo) if call.keep else ()
         scaled = [each.scaled for each in found if each.scaled is not None]
         ctx.save_for_backward(*inputs, *kept, *cast, *h, *scaled)
-        return tuple(outputs)
+        return tuple(each.y for each in found)
 
     @staticmethod
     @once_differentiable
@@ -252,20 +265,6 @@ class _Project(torch.autograd.Function):
         return (None, *of_inputs, *([grads[0]] if call.has_residual else []), *of_learned)
 
 
-def _times(u: Tensor, magnitude: Tensor, into: Tensor | None = None) -> Tensor:
-    """Computes g ∘ u, [n, out], rounded once from a g in float32.
-
-    A CPU takes three times as long over a product of two dtypes. A DoRA's g is near 1, where bf16 is coarse and g - 1
-    is not: u + (g - 1) ∘ u, which torch sums in float32.
-    """
-    out = buffers.empty_like(u) if into is None else into
-    if u.device.type == "cpu" and u.dtype.itemsize < 4:
-        beyond = magnitude - 1
-        if bool((beyond.abs() <= _NEAR).all()):
-            return torch.addcmul(u, u, beyond.to(u.dtype), out=out)
-    return torch.mul(u, magnitude, out=out)
-
-
 def _through_magnitudes(
     group: Group, grads: Sequence[Tensor], scaled: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
@@ -278,11 +277,9 @@ def _through_magnitudes(
         if p.magnitude is None:
             inner.append(g)
             continue
-        total = torch.mul(g, next(left), out=buffers.empty_like(g)).sum(0)
-        if not group.twice:
-            total = torch.where(p.magnitude == 0, 0, total / p.magnitude)
+        through, total = rescale.backward(g, next(left), p.magnitude, is_scaled=not group.twice)
         of_magnitude.append(total)
-        inner.append(_times(g, p.magnitude))
+        inner.append(through)
     return inner, of_magnitude
 
 
@@ -297,12 +294,9 @@ def _low_rank_backward(
     group: Group, grads: Sequence[Tensor], x: Tensor, scaled_b: Sequence[Tensor], h: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
     """``(dh [n, R]; dA and dB of each adapted projection)``: dh = g s B, dA = dhᵀ drop(x), dB = s gᵀ h."""
-    of_adapted = [grads[i] for i in group.adapted]
-    parts = [g @ b for g, b in zip(of_adapted, scaled_b, strict=True)]
-    dh = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-    of_a = torch.split(dh.T @ group.drop(x), [b.shape[1] for b in scaled_b])
     scales = [group.projections[i].scale for i in group.adapted]
-    of_b = [(low.T @ g).T * s for g, low, s in zip(of_adapted, h, scales, strict=True)]
+    dh, of_b = thin.backward([grads[i] for i in group.adapted], h, scaled_b, scales)
+    of_a = torch.split(thin.across(dh, x, group.mask), [b.shape[1] for b in scaled_b])
     return dh, [t for pair in zip(of_a, of_b, strict=True) for t in pair]
 
 
@@ -316,9 +310,9 @@ def _input_gradient(
     assert dx is not None
     if dh is None or a is None:
         return dx.add_(group.drop(_of_dropped(group, grads, inner))) if group.twice else dx
-    if group.keys is None:
-        return dx.addmm_(dh, a)
-    return dx.add_(group.drop(_of_dropped(group, grads, inner).addmm_(dh, a) if group.twice else dh @ a))
+    if group.twice:
+        return dx.add_(group.drop(_of_dropped(group, grads, inner).addmm_(dh, a)))
+    return thin.add(dx, dh, a.T.contiguous(), mask=group.mask)
 
 
 def _of_dropped(group: Group, grads: Sequence[Tensor], inner: Sequence[Tensor]) -> Tensor:

@@ -82,8 +82,8 @@ static inline void amx_transpose(uint32_t *to, int64_t to_row, const uint32_t *f
         }
 }
 
-/* Right factor of a sum over the rows: pairs[row / 2][column] of rows [count][columns]. */
-static void amx_pair_rows(uint32_t *pairs, const uint16_t *rows, int64_t count, int64_t columns) {
+/* Right factor of a sum over the rows: pairs[row / 2][column] of rows [count][columns], `apart` from each other. */
+static void amx_pair_rows(uint32_t *pairs, const uint16_t *rows, int64_t apart, int64_t count, int64_t columns) {
     __m512i low, high;
     uint16_t at[64];
     for (int i = 0; i < 32; i++) {
@@ -94,8 +94,8 @@ static void amx_pair_rows(uint32_t *pairs, const uint16_t *rows, int64_t count, 
     memcpy(&high, at + 32, 64);
     for (int64_t i = 0; i < count; i += 2)
         for (int64_t j = 0; j < columns; j += 32) {
-            __m512i even = _mm512_loadu_si512(rows + i * columns + j);
-            __m512i odd = _mm512_loadu_si512(rows + (i + 1) * columns + j);
+            __m512i even = _mm512_loadu_si512(rows + i * apart + j);
+            __m512i odd = _mm512_loadu_si512(rows + (i + 1) * apart + j);
             uint32_t *to = pairs + i / 2 * columns + j;
             _mm512_storeu_si512(to, _mm512_permutex2var_epi16(even, low, odd));
             _mm512_storeu_si512(to + 16, _mm512_permutex2var_epi16(even, high, odd));
@@ -110,7 +110,7 @@ static void amx_pair_columns(uint32_t *pairs, int64_t pairs_row, const uint16_t 
 /* Left factor of a sum over the rows: to[column][row] of rows [count][columns], by way of their `pairs`. */
 static void amx_columns(uint16_t *to, int64_t to_row, uint32_t *pairs, const uint16_t *rows, int64_t count,
                         int64_t columns) {
-    amx_pair_rows(pairs, rows, count, columns);
+    amx_pair_rows(pairs, rows, columns, count, columns);
     amx_transpose((uint32_t *)to, to_row / 2, pairs, columns, count / 2, columns);
 }
 

@@ -81,10 +81,10 @@ static void amx_load_tile(const stretch *s, amx_backward *t, int64_t query, int6
     memset(t->rows + count * dim, 0, (size_t)(2 * (room - count) * dim));
     for (int64_t r = 0; r < count; r++) amx_load_turned(s, t->rows + r * dim, a->q, a->q_stride, query + r, head);
     amx_pair_columns(t->q_columns, AMX_QUERIES, t->rows, room, dim);
-    amx_pair_rows(t->q_rows, t->rows, room, dim);
+    amx_pair_rows(t->q_rows, t->rows, dim, room, dim);
     for (int64_t r = 0; r < count; r++) amx_load_head(s, t->rows + r * dim, a->dout, a->dout_stride, query + r, head);
     amx_pair_columns(t->dout_columns, AMX_QUERIES, t->rows, room, dim);
-    amx_pair_rows(t->dout_rows, t->rows, room, dim);
+    amx_pair_rows(t->dout_rows, t->rows, dim, room, dim);
     for (int64_t r = 0; r < room; r++) {
         t->lse[r] = r < count ? a->lse[head * tokens_of(a) + s->start + query + r] * LOG2E : 0.0f;
         t->inner[r] = r < count ? amx_inner(s, query + r, head) : 0.0f;

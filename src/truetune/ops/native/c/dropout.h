@@ -25,19 +25,29 @@ static uint32_t mixed(uint32_t x) {
     return x ^ (x >> 16);
 }
 
-/* Element (row, column) is kept where its lane, 16 bits of the hash of (row, column / 2), reaches the threshold.
- * The row enters as two words, one before and one amid the mixing: 64 bits, so that rows do not repeat each other. */
+/* A row enters as two words, one before and one amid the mixing: 64 bits, so that rows do not repeat each other. */
+static inline void dropout_seeds(int64_t key, uint32_t site, uint32_t *first, uint32_t *second) {
+    uint32_t low = (uint32_t)key, high = (uint32_t)((uint64_t)key >> 32);
+    *first = mixed(mixed(mixed(site) + low) + high);
+    *second = mixed(mixed(mixed(~site) + high) + low);
+}
+
+/* Of pairs of columns, with their row's first word added. */
+static inline vu dropout_hash(vu pair, uint32_t second) {
+    vu hash = (pair ^ (pair >> 16)) * 0x7feb352du + second;
+    hash = (hash ^ (hash >> 15)) * 0x846ca68bu;
+    return hash ^ (hash >> 16);
+}
+
+/* Element (row, column) is kept where its lane, 16 bits of the hash of (row, column / 2), reaches the threshold. */
 TT_INLINE void dropout_row(tt_dropout_args c, int64_t row, int dtype) {
     const void *x = at_row(c.x, row, c.n, dtype);
     void *y = at_row(c.out, row, c.n, dtype);
-    uint32_t low = (uint32_t)c.keys[row], high = (uint32_t)((uint64_t)c.keys[row] >> 32);
-    uint32_t first = mixed(mixed(mixed(c.site) + low) + high);
-    uint32_t second = mixed(mixed(mixed(~c.site) + high) + low);
+    uint32_t first, second;
+    dropout_seeds(c.keys[row], c.site, &first, &second);
     vu pair = (vu)TT_LANES + first;
     for (int64_t i = 0; i < c.n; i += 2 * TT_WIDTH, pair += TT_WIDTH) {
-        vu hash = (pair ^ (pair >> 16)) * 0x7feb352du + second;
-        hash = (hash ^ (hash >> 15)) * 0x846ca68bu;
-        hash ^= hash >> 16;
+        vu hash = dropout_hash(pair, second);
         uint16_t lanes[2 * TT_WIDTH];
         memcpy(lanes, &hash, sizeof lanes);
         for (int64_t j = i; j < i + 2 * TT_WIDTH && j < c.n; j += TT_WIDTH) {
