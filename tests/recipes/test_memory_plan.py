@@ -86,6 +86,18 @@ def test_a_plan_gives_up_as_little_as_it_must(planned: Planned) -> None:
     assert found[3]["memory_mb"]["weights"] < weights / 5
 
 
+def test_beside_a_packed_base_at_most_a_gigabyte_of_activations_is_kept(planned: Planned) -> None:
+    """Who packs the base has come for memory; who keeps it dense, or asks for something else, gets what was asked."""
+    many = {"batch_size": 64}
+    dense, packed, few = planned(**many), planned(quant="nf4", **many), planned(quant="nf4")
+    assert dense["memory_mb"]["activations"] > 1200
+    assert decided(dense) == ("cheap", 0, False)
+    assert 0 < packed["full_layers"] < LAYERS
+    assert 800 < packed["memory_mb"]["activations"] <= 1000
+    assert decided(few) == ("cheap", 0, False)
+    assert decided(planned(quant="nf4", recompute="cheap", **many)) == ("cheap", 0, False)
+
+
 @on_linux
 @pytest.mark.parametrize("asked", ["none", "cheap", "full"])
 def test_what_is_asked_for_is_done_and_the_base_left_on_disk_for_it(asked: str, planned: Planned) -> None:

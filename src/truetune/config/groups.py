@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 from truetune.config.options import Options, option
 from truetune.errors import nearest
@@ -18,8 +18,8 @@ OPTIMIZERS = tuple(
 """What ``--optim`` takes; ``optim.choose`` makes them."""
 
 
-class BaseGroup(Options):
-    """Which model, in which precision, where."""
+class ModelGroup(Options):
+    """Which model."""
 
     model: str = option(
         help="the base: a local folder, or a name on the Hub",
@@ -28,6 +28,11 @@ class BaseGroup(Options):
         min_length=1,
     )
     revision: str | None = option(None, help="branch, tag or commit of a Hub model", group="base")
+
+
+class BaseGroup(ModelGroup):
+    """Which model, in which precision, where."""
+
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto",
         help="precision of the frozen weights; auto keeps the checkpoint's where this machine computes it fast",
@@ -72,8 +77,30 @@ def bytes_of(text: str) -> int:
 
 
 class LengthGroup(Options):
-    """Limits and splits that every kind of data has."""
+    """The files, limits and splits that every kind of data has."""
 
+    data: tuple[str, ...] = option(
+        help="files, folders or globs (json, jsonl, csv, parquet, arrow, txt; also gz, bz2, xz, zst), - for stdin, "
+        "hub:ORG/NAME[:SPLIT], or names in --registry; FILE=0.3 takes three rows in ten, FILE=2 each row twice",
+        group="dataset",
+        alias=("dataset",),
+        min_length=1,
+    )
+    registry: str | None = option(
+        None,
+        help="a YAML file that names data sets: files, format, columns, weight, sha256 (default: ./data.yaml)",
+        group="dataset",
+    )
+    columns: tuple[str, ...] = option(
+        (), help="which column holds which field, as in instruction=question output=answer", group="dataset"
+    )
+    fim_rate: float = option(
+        0.0,
+        help="share of the texts told as fill-in-the-middle, for code models (arXiv:2207.14255, which uses 0.5 to 0.9)",
+        group="dataset",
+        ge=0.0,
+        le=1.0,
+    )
     max_length: int | None = option(
         None,
         help="longest example, in tokens (default: the model's context, at most 2048)",
@@ -96,8 +123,42 @@ class LengthGroup(Options):
         0, help="faulty rows that may be left out (each is listed in data/rejects.jsonl)", group="dataset", ge=0
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _from_registry(cls, values: object) -> object:
+        """Bare names are those of the registry, if one is given; a run's record says where they are from."""
+        if not isinstance(values, dict) or not values.get("registry"):
+            return values
+        named = {}
+        for key in {"data", "val_data"} & values.keys():
+            given = [values[key]] if isinstance(values[key], str) else values[key]
+            named[key] = tuple(
+                f"{values['registry']}:{name}" if re.fullmatch(r"[\w-]*\w[\w-]*(=[\d.]+)?", str(name)) else name
+                for name in given
+            )
+        return {**values, **named}
 
-class TrainingGroup(Options):
+
+class StepGroup(Options):
+    """Which examples a step takes, and how they share micro-batches."""
+
+    batch_size: int = option(
+        16,
+        help="examples per optimizer step, over all micro-batches",
+        group="training",
+        alias=("global_batch_size",),
+        gt=0,
+    )
+    micro_tokens: int | None = option(
+        None,
+        help="most tokens per micro-batch (default: 768, or the longest row); the loss does not depend on it",
+        group="training",
+        gt=0,
+    )
+    seed: int = option(0, help="seed of the adapter's start, the data order and dropout", group="training", ge=0)
+
+
+class TrainingGroup(StepGroup):
     """The optimizer's side of a run."""
 
     lr: float | None = option(
@@ -152,27 +213,13 @@ class TrainingGroup(Options):
     max_steps: int | None = option(
         None, help="exactly this many optimizer steps, whatever --epochs says", group="training", gt=0
     )
-    batch_size: int = option(
-        16,
-        help="examples per optimizer step, over all micro-batches",
-        group="training",
-        alias=("global_batch_size",),
-        gt=0,
-    )
-    micro_tokens: int | None = option(
-        None,
-        help="most tokens per micro-batch (default: 768, or the longest row); the loss does not depend on it",
-        group="training",
-        gt=0,
-    )
     recompute: Literal["auto", "none", "cheap", "full"] = option(
         "auto",
         help="what the backward computes again to save memory: nothing, cheap parts (norms, activations), or full "
-        "layers; auto: cheap, or full where the plan needs it to fit",
+        "layers; auto: cheap, and as many full layers as it takes to fit (beside a packed base on a CPU: into 1 GB)",
         group="training",
         alias=("gradient_checkpointing",),
     )
-    seed: int = option(0, help="seed of the adapter's start, the data order and dropout", group="training", ge=0)
 
     @field_validator("optim", mode="before")
     @classmethod
@@ -212,6 +259,15 @@ class RunGroup(Options):
         help="auto: go on from the newest valid checkpoint in --out; or a checkpoint's folder",
         group="run",
         alias=("resume_from_checkpoint",),
+    )
+    verify: bool = option(
+        False, help="when done, hold the saved result against the model as it was trained: truetune verify", group="run"
+    )
+    verify_prompts: int = option(
+        8,
+        help="prompts that are kept for truetune verify, so many of the training rows and of the held-out ones",
+        group="run",
+        ge=0,
     )
     log_every: int = option(1, help="steps between rows of log.jsonl", group="run", alias=("logging_steps",), ge=1)
     dry_run: bool = option(False, help="print the plan (rows, tokens, steps, memory, time) and stop", group="run")

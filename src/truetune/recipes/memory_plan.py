@@ -20,6 +20,7 @@ from truetune.models import load, streaming
 from truetune.models.families import decoder_parts
 from truetune.models.layers import decoder_layers
 from truetune.models.precision import name_of
+from truetune.quant.base import QuantLinear
 from truetune.recipes.setup import Setup
 from truetune.train.estimate import Estimate, estimate_memory, text_shape
 from truetune.train.memory import resident_mb
@@ -28,6 +29,8 @@ from truetune.train.memory import resident_mb
 _FITS = 0.9
 # Share of a base that may lie in its files in another form than it is used in, as norms in float32 may.
 _COPIED = 0.1
+# MB of activations that are kept beside a packed base where nothing is asked for: who packs a base has come for memory.
+_BESIDE_PACKED = 1000.0
 # Micro-batches are proposed in steps of this many tokens.
 _TOKENS = 64
 
@@ -93,6 +96,10 @@ def memory_plan(
     if recorded := _recorded(setup):
         return MemoryPlan(**recorded, estimate=at(**recorded, copied=copied or 0.0))
     room = limit if limit is not None else None if available is None else _FITS * available
+    if limit is None and setup.device == "cpu" and any(isinstance(m, QuantLinear) for m in model.modules()):
+        whole = at(recompute="cheap")
+        lean = whole.total - whole.activations + _BESIDE_PACKED
+        room = lean if room is None else min(room, lean)
     resident = _least(setup, at, len(layers), room)
     if limit is None or resident.estimate.total <= limit:
         return resident
