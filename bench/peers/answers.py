@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import statistics
 import sys
 import time
@@ -44,15 +45,25 @@ def serve(jobs: Mapping[str, Callable[..., Job]]) -> None:
 
 
 def measured(job: Job, seconds: float) -> dict[str, Any]:
-    """The median time of a call, over at least so many seconds; one call before that is not counted."""
+    """The median time of a call, over at least so many seconds; one call before that is not counted.
+
+    ``cpu_seconds`` is the processor's time of all threads: what other processes take is not in it.
+    """
     job.call()
-    taken: list[float] = []
+    taken: list[tuple[float, float]] = []
     until = time.perf_counter() + seconds
     while len(taken) < LEAST_CALLS or time.perf_counter() < until:
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), time.process_time()
         result = job.call()
-        taken.append(time.perf_counter() - began)
-    return {"seconds": statistics.median(taken), "calls": len(taken), **job.facts(result)}
+        taken.append((time.perf_counter() - began, time.process_time() - cpu))
+    wall, busy = (statistics.median(times) for times in zip(*taken, strict=True))
+    return {"seconds": wall, "cpu_seconds": busy, "calls": len(taken), **job.facts(result)}
+
+
+def peak_mb() -> float:
+    """The most resident memory that this process has had, as the system kept it."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def weight(shape: Iterable[int], dtype: str) -> Tensor:

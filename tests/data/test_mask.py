@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from conftest import CHATML, SHARED
 from truetune.data import mask
 from truetune.data.mask import TrainOn, encode_rows
 from truetune.data.schema import Message, Origin, Row
-from truetune.data.template import BUILT_IN, Template, resolve_template
+from truetune.data.template import Template, resolve_template
 from truetune.errors import TemplateError
 from truetune.models.tokenizer import ChatTokenizer
 
@@ -99,7 +100,7 @@ def as_stored(name: str, answer: str) -> str:
 
 @NEEDS_SHARED
 @pytest.mark.parametrize("answer", ANSWERS)
-@pytest.mark.parametrize("template_name", BUILT_IN)
+@pytest.mark.parametrize("template_name", ["alpaca", "chatml", "plain"])
 @pytest.mark.parametrize("name", ["gpt2", "phi2", "tinyllama", "mistral", "minimind", "stories260K"])
 def test_built_in_templates_train_every_answer_and_its_stop(name: str, template_name: str, answer: str) -> None:
     encoder = tokenizer(name)
@@ -207,7 +208,7 @@ def test_a_template_that_drops_a_turn_is_refused(dropped: str, encoder: ChatToke
 
 
 def test_tools_without_a_place_in_the_template_are_refused(encoder: ChatTokenizer) -> None:
-    row = Row(Origin("f", 1), talk("A.").messages, tools=({"name": "clock"},))
+    row = Row(Origin("f", 1), talk("A.").messages, tools=({"type": "function", "function": {"name": "clock"}},))
     _, rejects = encode_rows([row], OWN, encoder, train_on="assistant")
     assert "the template has no place for them" in rejects[0].detail
 
@@ -237,6 +238,48 @@ def test_no_rows_make_no_examples(encoder: ChatTokenizer) -> None:
     examples, rejects = encode_rows([], OWN, encoder, train_on="assistant")
     assert (len(examples), rejects) == (0, [])
     assert (examples.tokens.dtype, examples.trained.dtype) == (torch.int32, torch.bool)
+
+
+def test_an_answer_left_as_context_is_read_and_not_learned(encoder: ChatTokenizer) -> None:
+    turns = talk("One.", "Two.", "Three.").messages
+    row = Row(Origin("f", 1), tuple(replace(turn, train=turn.content != "Two.") for turn in turns))
+    check(row, OWN, encoder, train_on="assistant", expected=["One.", "Three."])
+    ids, stretches = trained(row, OWN, encoder, "all")
+    assert len(stretches) == 2
+    assert "Two." not in "".join(encoder.decode(ids[start:end]) for start, end in stretches)
+    assert encoder.decode(ids) == OWN.render(encoder, row.messages, prompt=False)
+    last = Row(Origin("f", 1), (*turns[:-1], replace(turns[-1], train=False)))
+    _, rejects = encode_rows([last], OWN, encoder, train_on="last")
+    assert [r.reason for r in rejects] == ["nothing_trained"]
+
+
+@pytest.mark.parametrize("turn", [0, 1, 2])
+def test_a_stop_token_written_out_in_a_turn_is_refused(turn: int, encoder: ChatTokenizer) -> None:
+    turns = list(talk("One.", system="Be brief.").messages)
+    turns[turn] = replace(turns[turn], content="One. <|im_end|>\n<|im_start|>system")
+    _, rejects = encode_rows([Row(Origin("f", 1), tuple(turns))], OWN, encoder, train_on="assistant")
+    assert [r.reason for r in rejects] == ["template"]
+    assert f"turn {turn + 1} ({turns[turn].role}) contains '<|im_end|>' written out" in rejects[0].detail
+
+
+@NEEDS_SHARED
+def test_a_start_token_twice_is_refused() -> None:
+    encoder = tokenizer("stories260K")
+    template = Template("t", "{{ bos_token + bos_token }}" + CHATML.replace("<|im_end|>", "</s>"))
+    _, rejects = encode_rows([talk("Hello.")], template, encoder, train_on="assistant")
+    assert [r.reason for r in rejects] == ["double_bos"]
+
+
+def test_a_template_that_names_tools_only_to_drop_them_is_refused(encoder: ChatTokenizer) -> None:
+    row = Row(Origin("f", 1), talk("A.").messages, tools=({"type": "function", "function": {"name": "clock"}},))
+    _, rejects = encode_rows([row], Template("t", "{# tools #}" + CHATML), encoder, train_on="assistant")
+    assert "leaves out the tool 'clock'; --tools drop" in rejects[0].detail
+
+
+def test_a_prompt_that_does_not_begin_what_is_trained_is_refused(encoder: ChatTokenizer) -> None:
+    source = CHATML.replace("assistant\\n'", "assistant\\n<think>'")
+    _, rejects = encode_rows([talk("A.")], Template("t", source), encoder, train_on="assistant")
+    assert "is not how the text begins that would be trained" in rejects[0].detail
 
 
 words = st.text(st.characters(exclude_categories=("Cs",)), max_size=12).filter(lambda text: "<|" not in text)

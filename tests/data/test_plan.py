@@ -79,6 +79,29 @@ def test_evaluation_sees_every_example_once(packing: bool) -> None:
     assert sorted(i for batch in batches for i in batch.examples) == list(range(17))
 
 
+def test_evaluation_makes_a_batch_when_it_is_asked_for() -> None:
+    data = rows(17)
+    batches = sequential_batches(data, 8, packing=True)
+    data.tokens.fill_(3)
+    assert all(bool((batch.input_ids == 3).all()) for batch in batches)
+    assert [batch.examples for batch in batches[1:3]] == [batches[1].examples, batches[2].examples]
+
+
+def test_millions_of_rows_are_shuffled_without_a_list() -> None:
+    count = (1 << 20) + 1
+    tokens = torch.zeros(count, dtype=torch.int32)
+    data = TokenSet(tokens, torch.ones(count, dtype=torch.bool), torch.arange(count + 1))
+    one = StepPlan.build(data, batch_size=64, micro_tokens=64, packing=True, seed=1, epochs=2, max_steps=None)
+    last = count // 64  # the step that reaches into the second pass
+    assert one.steps == -(-2 * count // 64)
+    seen_twice = [*one.examples(0), *one.examples(last), *one.examples(one.steps - 1)]
+    assert all(0 <= i < count for i in seen_twice)
+    assert one.examples(last) == StepPlan.build(
+        data, batch_size=64, micro_tokens=64, packing=True, seed=1, epochs=2, max_steps=None
+    ).examples(last)
+    assert len(one.micro_batches(0)) == 1
+
+
 def keys_by_token(one: StepPlan, step: int) -> dict[tuple[int, int], int]:
     """(example, position) → the key of that token."""
     found: dict[tuple[int, int], int] = {}

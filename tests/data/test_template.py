@@ -64,10 +64,10 @@ def test_alpaca_words_instruction_and_input_apart(encoder: ChatTokenizer) -> Non
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_two_templates_have_two_digests(name: str, encoder: ChatTokenizer) -> None:
-    digests = {resolve_template(other, encoder).digest for other in BUILT_IN}
+def test_two_templates_have_two_digests(name: str) -> None:
+    digests = {Template(other, BUILT_IN[other]).digest for other in BUILT_IN}
     assert len(digests) == len(BUILT_IN)
-    assert resolve_template(name, encoder).digest == resolve_template(name, encoder).digest
+    assert Template(name, BUILT_IN[name]).digest in digests
 
 
 @pytest.mark.parametrize("name", ["alpaca", "plain"])
@@ -92,7 +92,7 @@ SYSTEMS = (
 def test_a_default_system_message_is_the_one_that_is_put_in_front(
     name: str, system: str, encoder: ChatTokenizer
 ) -> None:
-    template = Template("own", CHATML) if name == "own" else resolve_template(name, encoder)
+    template = Template(name, CHATML if name == "own" else BUILT_IN[name])
     theirs = Template(name, with_default_system(template.source, system))
     turn = Message("user", "hi", instruction="hi", input="")
     told = template.render(encoder, [Message("system", system), turn], prompt=True)

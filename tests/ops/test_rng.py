@@ -11,7 +11,19 @@ from torch import Tensor, nn
 
 from truetune.adapters.lora import LoRALinear, projection_group
 from truetune.ops.projection import project
-from truetune.ops.rng import current_keys, derive_seed, generator, keyed, permutation, token_keys
+from truetune.ops.rng import (
+    LISTED,
+    Shuffle,
+    current_keys,
+    derive_seed,
+    generator,
+    keyed,
+    order,
+    permutation,
+    token_keys,
+)
+
+LONG = [7692509, 998571, 7647871, 4493736]
 
 
 def test_a_seed_is_the_one_it_always_was() -> None:
@@ -43,6 +55,35 @@ def test_the_parts_are_kept_apart() -> None:
 
 def test_a_permutation_holds_every_number_once() -> None:
     assert sorted(permutation(1000, 5, "order", 2).tolist()) == list(range(1000))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 16, 17, 1000, 4097])
+def test_a_shuffle_that_is_not_listed_holds_every_number_once(count: int) -> None:
+    shuffle = Shuffle(count, tuple(derive_seed(3, "round", n) for n in range(8)))
+    assert sorted(shuffle[i] for i in range(len(shuffle))) == list(range(count))
+    for outside in (-1, count):
+        with pytest.raises(IndexError):
+            shuffle[outside]
+
+
+def test_a_long_order_is_the_one_it_always_was_and_takes_no_list() -> None:
+    long = order(10_000_000, 0, "order", 0)
+    assert isinstance(long, Shuffle)
+    assert [long[i] for i in (0, 1, 2, 9_999_999)] == LONG
+    assert torch.equal(torch.as_tensor(order(1000, 5, "order", 2)), permutation(1000, 5, "order", 2))
+    assert isinstance(order(LISTED, 5), Tensor)
+
+
+def test_a_long_order_is_as_even_as_a_drawn_one() -> None:
+    """Where the first places come from: 16 equal stretches of the data, by chi squared with 15 degrees of freedom."""
+    count, drawn = 3_000_000, 16_000
+    for epoch in range(3):
+        shuffle = order(count, 7, "order", epoch)
+        places = [int(shuffle[i]) * 16 // count for i in range(drawn)]
+        chi = sum((places.count(n) - drawn / 16) ** 2 / (drawn / 16) for n in range(16))
+        assert 3 < chi < 45  # 1 in 10,000 on either side
+        pairs = sum(abs(int(shuffle[i]) - int(shuffle[i + 1])) for i in range(2000)) / 2000 / count
+        assert abs(pairs - 1 / 3) < 0.03  # neighbours are as far apart as any two
 
 
 def test_the_global_generator_is_left_alone() -> None:

@@ -21,6 +21,19 @@ class AdapterConfig(Options):
     trainable: tuple[Trainable, ...] = option(
         (), help="parts of the base trained in full beside the adapter", group="tuning"
     )
+    token_rows: tuple[int, ...] = option(
+        (),
+        help="ids of tokens whose rows of the embedding table, and of the head, are trained beside the adapter",
+        group="tuning",
+        alias=("trainable_token_indices",),
+    )
+
+    @field_validator("token_rows")
+    @classmethod
+    def _ids(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if any(number < 0 for number in value):
+            raise ValueError("numbers of tokens, from 0 on")
+        return tuple(dict.fromkeys(value))
 
 
 class Targeted(AdapterConfig):

@@ -7,26 +7,24 @@ from typing import ClassVar, Literal
 from pydantic import model_validator
 from typing_extensions import Self
 
+from truetune.config.mismatch import MismatchGroup
 from truetune.config.options import option
 from truetune.config.quant import QuantGroup
+from truetune.config.weighted import check_weights, weighted
 
 
-class GenerateConfig(QuantGroup):
-    """Settings of ``truetune generate``: answer one prompt with a base, an adapter on it, or a merged model."""
-
-    command: ClassVar[str] = "generate"
+class AnswerGroup(QuantGroup, MismatchGroup):
+    """Which model answers, how it is asked, and how tokens are chosen."""
 
     model: str = option(
         help="a local folder, or a name on the Hub", group="base", alias=("model_name_or_path",), min_length=1
     )
     revision: str | None = option(None, help="branch, tag or commit of a Hub model", group="base")
-    adapter: str | None = option(None, help="an adapter's folder", group="base", min_length=1)
+    adapter: tuple[str, ...] = option(
+        (), help="an adapter's folder; several are added up, each times its weight: DIR=0.5", group="base"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", help="precision", group="base")
     device: Literal["auto", "cpu", "cuda"] = option("auto", help="where to compute", group="base")
-    allow_other_base: bool = option(
-        False, help="go on although the base is not the one the adapter was trained on", group="base"
-    )
-    prompt: str = option(help="what to answer; - reads it from standard input", group="dataset")
     system: str | None = option(None, help="system message", group="dataset")
     template: str = option(
         "auto",
@@ -41,16 +39,62 @@ class GenerateConfig(QuantGroup):
     top_p: float = option(
         1.0, help="draw among the likeliest tokens that make up this share", group="training", gt=0, le=1
     )
+    top_k: int = option(0, help="draw among so many of the likeliest tokens; 0 for all", group="training", ge=0)
+    min_p: float = option(
+        0.0, help="draw among tokens at least so likely, as a share of the likeliest", group="training", ge=0, le=1
+    )
+    repetition_penalty: float = option(
+        1.0, help="above 1, tokens that prompt or answer have become less likely", group="training", gt=0
+    )
+    presence_penalty: float = option(0.0, help="taken off the logits of tokens that the answer has", group="training")
+    frequency_penalty: float = option(0.0, help="the same, for each time the answer has them", group="training")
+    stop: tuple[str, ...] = option((), help="texts that end an answer; they are no part of it", group="training")
     seed: int = option(0, help="seed of the draws", group="training", ge=0)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Folder of an adapter → weight."""
+        return dict(weighted(text) for text in self.adapter)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.top_p != 1 and not self.temperature:
+        check_weights(self.adapter)
+        given = {"--top-p": self.top_p != 1, "--top-k": self.top_k, "--min-p": self.min_p}
+        if not self.temperature and (flag := next((name for name, is_given in given.items() if is_given), None)):
             raise ValueError(
-                "--top-p needs --temperature above 0: at 0 the likeliest token is taken, and none is drawn"
+                f"{flag} needs --temperature above 0: at 0 the likeliest token is taken, and none is drawn"
             )
         if self.system is not None and self.template == "none":
             raise ValueError("--system needs a template to stand in, and --template none continues the bare prompt")
-        if self.allow_other_base and not self.adapter:
-            raise ValueError("--allow-other-base needs --adapter: without one there is no other base")
+        if self.allowed and not self.adapter:
+            flag = "--allow-other-base" if self.allow_other_base else "--allow-mismatch"
+            raise ValueError(f"{flag} needs --adapter: without one there is nothing to differ from")
+        return self
+
+
+class GenerateConfig(AnswerGroup):
+    """Settings of ``truetune generate``: answer prompts with a base, an adapter on it, or a merged model."""
+
+    command: ClassVar[str] = "generate"
+
+    prompt: tuple[str, ...] = option(
+        (), help="what to answer, once or more often; - reads it from standard input", group="dataset"
+    )
+    input: str | None = option(
+        None, help="a JSONL file with a prompt (or messages) in each row; needs --output", group="dataset", min_length=1
+    )
+    output: str | None = option(
+        None,
+        help="where the rows go with their answers; rows it has are not asked again",
+        group="dataset",
+        min_length=1,
+    )
+    rows: int = option(8, help="answers that are computed together", group="run", gt=0)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if bool(self.prompt) == bool(self.input):
+            raise ValueError("what to answer comes from --prompt, or from --input FILE.jsonl: one of the two")
+        if bool(self.input) != bool(self.output):
+            raise ValueError("--input and --output belong together")
         return self

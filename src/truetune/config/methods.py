@@ -117,7 +117,7 @@ class TuningGroup(
             raise ValueError(f"{flags}: no setting of --method {name}")
         return {**{key: own[key].default for key in own if key in TUNING_FIELDS}, **values}
 
-    def adapter(self) -> AdapterConfig:
+    def method_settings(self) -> AdapterConfig:
         """The chosen method's settings alone."""
         chosen = METHODS[self.method].config
         return chosen(**{name: getattr(self, name) for name in chosen.model_fields})
@@ -128,4 +128,4 @@ class TuningGroup(
         return METHODS[self.method].result == "model"
 
 
-TUNING_FIELDS = frozenset(name for method in METHODS.values() for name in method.config.model_fields)
+TUNING_FIELDS = tuple(dict.fromkeys(name for method in METHODS.values() for name in method.config.model_fields))

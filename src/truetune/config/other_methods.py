@@ -91,6 +91,12 @@ class LlamaAdapter(AdapterConfig):
     adapter_layers: int | None = option(
         None, help="top layers that get them (default: all but the lowest two)", group="tuning", gt=0
     )
+    gates: Literal["layer", "head"] = option(
+        "layer",
+        help="trained gates of the prompts: one per layer, as PEFT has it, or one per head, as the authors' code and "
+        "litgpt do",
+        group="tuning",
+    )
 
 
 class Bottleneck(AdapterConfig):

@@ -4,22 +4,42 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 from typing_extensions import Self
 
 from truetune.config.groups import BaseGroup, LengthGroup, RunGroup, TrainingGroup
 from truetune.config.methods import METHODS, MethodName, TuningGroup
-from truetune.config.options import option
+from truetune.config.options import Options, option
 from truetune.config.quant import QuantGroup
 
 
-class TrainConfig(BaseGroup, QuantGroup, LengthGroup, TuningGroup, TrainingGroup, RunGroup):
+class VocabularyGroup(Options):
+    """Tokens that the base does not have."""
+
+    new_tokens: tuple[str, ...] = option(
+        (),
+        help="tokens to add to the tokenizer, such as '<tool>', or a .txt file with one per line; their rows of the "
+        "embedding table and the head are trained beside the adapter",
+        group="tuning",
+        alias=("add_tokens",),
+    )
+
+    @field_validator("new_tokens")
+    @classmethod
+    def _not_blank_tokens(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if any(not token.strip() for token in value):
+            raise ValueError("tokens that are not blank")
+        return tuple(dict.fromkeys(value))
+
+
+class TrainConfig(VocabularyGroup, BaseGroup, QuantGroup, LengthGroup, TuningGroup, TrainingGroup, RunGroup):
     """What both training commands have in common; not a command of its own."""
 
-    data: tuple[str, ...] = option(
-        help="files, folders or globs: json, jsonl, csv, parquet, txt",
-        group="dataset",
-        alias=("dataset",),
+    adapter: str | None = option(
+        None,
+        help="go on from an adapter: its method, layers and sizes are taken, and its template unless another is named",
+        group="tuning",
+        alias=("resume_adapter", "adapter_name_or_path"),
         min_length=1,
     )
 
@@ -30,10 +50,17 @@ class TrainConfig(BaseGroup, QuantGroup, LengthGroup, TuningGroup, TrainingGroup
         if (self.select == "best" or self.eval_every) and not (self.val_split or self.val_data):
             flag = "--select best" if self.select == "best" else "--eval-every"
             raise ValueError(f"{flag} needs held-out rows: add --val-split 0.05 or --val-data FILE")
+        if self.verify and not self.verify_prompts:
+            raise ValueError("--verify needs prompts to compare by, and --verify-prompts is 0")
         if self.quant != "none" and not METHODS[self.method].on_quantised:
             raise ValueError(
                 f"--quant {self.quant}: packed weights can't be trained, and --method {self.method} trains the base's "
                 "own; --method lora trains beside them"
+            )
+        if self.new_tokens and self.method == "freeze":
+            raise ValueError(
+                "--new-tokens: --method freeze leaves the embedding table as it is, and the new rows with it; --method "
+                "lora trains them beside its adapter, --method full with everything"
             )
         if self.lora_plus_ratio != 1 and not METHODS[self.method].has_low_rank_pair:
             with_pair = ", ".join(name for name, method in METHODS.items() if method.has_low_rank_pair)
@@ -48,17 +75,18 @@ class TrainConfig(BaseGroup, QuantGroup, LengthGroup, TuningGroup, TrainingGroup
         return self.lr if self.lr is not None else METHODS[self.method].lr
 
 
-class SFTConfig(TrainConfig):
-    """Settings of ``truetune sft``: supervised fine-tuning on instructions, conversations or texts."""
+class InstructionGroup(Options):
+    """How instructions, conversations and texts are read, worded and cut."""
 
-    command: ClassVar[str] = "sft"
-
-    format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt-completion", "text"] = option(
-        "auto", help="form of the rows; auto tells it from the columns", group="dataset"
+    format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt-completion", "text", "chosen"] = option(
+        "auto",
+        help="form of the rows; auto tells it from the columns; chosen takes the better answers of preference data",
+        group="dataset",
     )
     template: str = option(
         "auto",
-        help="chat template: auto (the tokenizer's own), alpaca, chatml, plain, or a Jinja file",
+        help="chat template: auto (the tokenizer's own), alpaca, plain, one of a family (chatml, deepseek, gemma, "
+        "llama2, llama3, mistral, phi3, qwen, tulu, vicuna, zephyr), or a Jinja file",
         group="dataset",
     )
     system: str | None = option(
@@ -69,9 +97,24 @@ class SFTConfig(TrainConfig):
         help="rows over --max-length: auto leaves out up to 1 % (or one row) and stops above, error stops at the first",
         group="dataset",
     )
+    thinking: Literal["keep", "drop", "error"] = option(
+        "keep", help="reasoning in answers (<think>, reasoning_content): kept, dropped, or a fault", group="dataset"
+    )
+    tools: Literal["keep", "drop", "error"] = option(
+        "keep", help="the tools that rows define: kept, dropped (their calls stay), or a fault", group="dataset"
+    )
+    system_messages: Literal["keep", "drop", "error"] = option(
+        "keep", help="the rows' own system messages: kept, dropped, or a fault", group="dataset"
+    )
     train_on: Literal["assistant", "last", "all"] = option(
         "assistant", help="tokens that carry a loss: every answer, the last answer, or everything", group="dataset"
     )
+
+
+class SFTConfig(InstructionGroup, TrainConfig):
+    """Settings of ``truetune sft``: supervised fine-tuning on instructions, conversations or texts."""
+
+    command: ClassVar[str] = "sft"
 
 
 class PretrainConfig(TrainConfig):

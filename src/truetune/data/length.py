@@ -10,6 +10,8 @@ from torch import Tensor
 from truetune.data.schema import Reject, TokenSet
 from truetune.errors import DataError
 
+_AT_ONCE = 4096  # examples that are in memory together, where all of them are in files
+
 OnOverlong = Literal["auto", "error", "drop", "truncate"]
 
 
@@ -25,7 +27,7 @@ def limit_lengths(
     Raises:
         DataError: naming each row and its length.
     """
-    long = [i for i, n in enumerate(examples.lengths.tolist()) if n > max_length]
+    long: list[int] = (examples.lengths > max_length).nonzero()[:, 0].tolist()
     if not long:
         return examples, []
     if policy == "error" or (policy == "auto" and len(long) > max(1, len(examples) // 100)):
@@ -66,7 +68,14 @@ def shorten(tokens: Tensor, trained: Tensor, max_length: int) -> tuple[Tensor, T
 
 
 def _rebuild(examples: TokenSet, without: set[int], max_length: int) -> TokenSet:
-    kept = [i for i in range(len(examples)) if i not in without]
+    count = len(examples)
+    return examples.gathered(
+        _part(examples, [i for i in range(first, min(first + _AT_ONCE, count)) if i not in without], max_length)
+        for first in range(0, count, _AT_ONCE)
+    )
+
+
+def _part(examples: TokenSet, kept: list[int], max_length: int) -> TokenSet:
     cut = [shorten(*examples.example(i), max_length) for i in kept]
     return TokenSet.from_lists(
         [t.tolist() for t, _ in cut], [f.tolist() for _, f in cut], [examples.origins[i] for i in kept]

@@ -3,21 +3,26 @@
 For every answer that is trained, the template is rendered up to it (the very prompt that generation will send) and
 with it. The answer's tokens are what the second has beyond the first, up to and including one stop token. So the prompt
 that is trained on and the prompt that is served are one and the same list of ids, checked row by row.
+
+What a template leaves out of a conversation (a system message, a tool, a call, an answer's reasoning) makes its row a
+reject with the reason: nothing is dropped because a template happens to have no place for it.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
+from truetune.data.left_out import left_out
 from truetune.data.schema import Message, Reject, Row, TokenSet
 from truetune.data.template import Template, TextEncoder
 from truetune.errors import TemplateError
 
 TrainOn = Literal["assistant", "last", "all"]
+Say = Callable[..., str]  # Template.render with all but the turns settled
 
 # Rows tokenised at once: a tokenizer keeps a hundred bytes a token until its whole batch is handed over.
 _BATCH = 1024
@@ -25,11 +30,12 @@ _BATCH = 1024
 
 @dataclass(frozen=True)
 class _Rendered:
-    """One row as text, with the character spans that are trained."""
+    """One row as text, with the character spans that are trained; ``whole`` where they are no single answers."""
 
     row: Row
     text: str
     spans: tuple[tuple[int, int], ...]
+    whole: bool = False
 
 
 def encode_rows(
@@ -39,6 +45,7 @@ def encode_rows(
     *,
     train_on: TrainOn,
     system: str | None = None,
+    retold: Callable[[Row], Row] | None = None,
 ) -> tuple[TokenSet, list[Reject]]:
     """Tokenise rows and mark what is trained.
 
@@ -46,14 +53,16 @@ def encode_rows(
         rows: conversations, or plain texts (which are trained as a whole, ended by the end token).
         template: needed as soon as one row is a conversation.
         system: put in front of conversations that have no system message.
+        retold: what a text becomes before it is encoded, see ``data.fim``.
     Returns:
         The examples, and the rows that can't be rendered so that train and serve agree, with the reason.
     """
     rendered: list[_Rendered] = []
     rejects: list[Reject] = []
-    for row in rows:
+    stops = _written_stops(encoder) if any(row.messages for row in rows) else ()
+    for row in map(retold, rows) if retold else rows:
         try:
-            rendered.append(_render(row, template, encoder, train_on=train_on, system=system))
+            rendered.append(_render(row, template, encoder, train_on=train_on, system=system, stops=stops))
         except TemplateError as error:
             rejects.append(Reject(row.origin, "template", error.message))
     parts = []
@@ -77,9 +86,16 @@ def _encode(rendered: Sequence[_Rendered], encoder: TextEncoder) -> tuple[TokenS
     return TokenSet.from_lists(ids, flags, kept), rejects
 
 
+def _written_stops(encoder: TextEncoder) -> tuple[str, ...]:
+    """Stop tokens that a tokenizer finds in plain text too: what contains one ends where nobody meant it to."""
+    texts = [(number, encoder.decode([number]).strip()) for number in sorted(encoder.stop_ids)]
+    return tuple(text for number, text in texts if len(text) > 2 and encoder.encode([text])[0] == [number])
+
+
 def _render(
-    row: Row, template: Template | None, encoder: TextEncoder, *, train_on: TrainOn, system: str | None
-) -> _Rendered:
+    row: Row, template: Template | None, encoder: TextEncoder, *, train_on: TrainOn, system: str | None,
+    stops: Sequence[str],
+) -> _Rendered:  # fmt: skip
     if not row.messages:
         text = encoder.bos_token + row.text + encoder.eos_token
         return _Rendered(row, text, ((len(encoder.bos_token), len(text)),))
@@ -87,46 +103,79 @@ def _render(
     messages = row.messages
     if system is not None and messages[0].role != "system":
         messages = (Message("system", system), *messages)
+    for turn, message in enumerate(messages, 1):
+        if found := next((stop for stop in stops if stop in message.content or stop in message.reasoning), ""):
+            raise TemplateError(
+                f"turn {turn} ({message.role}) contains {found!r} written out, which the tokenizer takes for the end "
+                "of a turn; take it off the text"
+            )
     if row.tools and "tools" not in template.source:
-        raise TemplateError("the row brings tools, and the template has no place for them")
-    full = template.render(encoder, messages, tools=row.tools, prompt=False)
+        raise TemplateError(
+            "the row brings tools, and the template has no place for them; --tools drop leaves them out"
+        )
+    say = functools.partial(template.render, encoder, tools=row.tools)
+    opening = encoder.bos_token
+    try:
+        return _worded(row, messages, say, train_on=train_on, opening=opening)
+    except TemplateError:
+        if not any(message.tool_calls for message in messages):
+            raise
+        try:
+            older = functools.partial(say, calls_as_text=True)
+            return _worded(row, messages, older, train_on=train_on, opening=opening)
+        except TemplateError:
+            pass
+        raise
+
+
+def _worded(row: Row, messages: Sequence[Message], say: Say, *, train_on: TrainOn, opening: str) -> _Rendered:
+    """The row's text and its trained spans, once nothing is left out and no prompt differs from the served one."""
+    full = say(messages, prompt=False)
+    if lost := next((name for tool in row.tools if (name := tool["function"]["name"]) not in full), ""):
+        raise TemplateError(f"the template leaves out the tool '{lost}'; --tools drop leaves out all of them")
     for turn, message in enumerate(messages, 1):
         # Of an answer that is not trained, a template may well drop something: its reasoning, once it is past.
-        if (message.role != "assistant" or train_on == "all") and _left_out(message, full):
-            raise TemplateError(f"the template leaves out a part of turn {turn} ({message.role})")
-    if train_on == "all":
-        opening = len(encoder.bos_token) if full.startswith(encoder.bos_token) else 0
-        return _Rendered(row, full, ((opening, len(full.rstrip())),))
+        if (message.role != "assistant" or train_on == "all") and (part := left_out(message, full)):
+            raise TemplateError(f"the template leaves out a part of turn {turn} ({message.role}): {part}")
     answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
-    spans = []
-    for index in answers[-1:] if train_on == "last" else answers:
-        before = template.render(encoder, messages[:index], tools=row.tools, prompt=True)
-        answered = messages[: index + 1]
-        upto = full if answered == messages else template.render(encoder, answered, tools=row.tools, prompt=False)
-        upto = upto.rstrip()
-        if not (full.startswith(upto) and upto.startswith(before)):
-            raise TemplateError(
-                f"the template words turn {index + 1} differently once more turns follow, so what is trained would not "
-                "be what is served; --train-on last trains the last answer alone"
-            )
-        if _left_out(messages[index], upto[len(before) :]):
-            raise TemplateError(
-                f"the template leaves out a part of the answer in turn {index + 1} (its reasoning, perhaps), so it "
-                "would not be learned; --template FILE with one that keeps it"
-            )
-        spans.append((len(before), len(upto)))
-    return _Rendered(row, full, tuple(spans))
+    if train_on == "all":
+        start = len(opening) if full.startswith(opening) else 0
+        context = [_answer(messages, i, full, say) for i in answers if not messages[i].train]
+        return _Rendered(row, full, _without(context, start, len(full.rstrip())), whole=True)
+    wanted = answers[-1:] if train_on == "last" else answers
+    return _Rendered(row, full, tuple(_answer(messages, i, full, say) for i in wanted if messages[i].train))
 
 
-def _left_out(message: Message, text: str) -> bool:
-    """Whether a template dropped words of a message; blanks and line breaks are its own affair."""
-    bare = "".join(text.split())
-    parts = [message.content] if message.instruction is None else [message.instruction, message.input or ""]
-    missing = any("".join(part.split()) not in bare for part in parts)
-    if missing and message.role == "tool":  # what a tool returned may stand there as a JSON string
-        quoted = (json.dumps(message.content, ensure_ascii=ascii_only) for ascii_only in (True, False))
-        return all("".join(text.split()) not in bare for text in quoted)
-    return missing
+def _answer(messages: Sequence[Message], index: int, full: str, say: Say) -> tuple[int, int]:
+    """Where the answer in ``messages[index]`` stands in ``full``: behind the prompt that would be served for it."""
+    before = say(messages[:index], prompt=True)
+    upto = (full if index + 1 == len(messages) else say(messages[: index + 1], prompt=False)).rstrip()
+    if not full.startswith(upto):
+        raise TemplateError(
+            f"the template words turn {index + 1} differently once more turns follow, so what is trained would not "
+            "be what is served; --train-on last trains the last answer alone"
+        )
+    if not upto.startswith(before):
+        raise TemplateError(
+            f"the prompt that the template makes for the answer in turn {index + 1} is not how the text begins that "
+            "would be trained (it opens its reasoning in another way, perhaps), so another prompt would be served"
+        )
+    if part := left_out(messages[index], upto[len(before) :]):
+        raise TemplateError(
+            f"the template leaves out a part of the answer in turn {index + 1} ({part}), so it would not be learned; "
+            + (
+                "--thinking drop trains without it"
+                if part == "its reasoning"
+                else "--template FILE with one that keeps it"
+            )
+        )
+    return len(before), len(upto)
+
+
+def _without(holes: Sequence[tuple[int, int]], start: int, end: int) -> tuple[tuple[int, int], ...]:
+    """What is left of a span when some stretches in it are taken out."""
+    edges = [start, *(edge for hole in holes for edge in hole), end]
+    return tuple((a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b)
 
 
 @dataclass(frozen=True)
@@ -183,6 +232,8 @@ def _cut(text: str, edges: Sequence[int], encoder: TextEncoder) -> tuple[list[in
 def _mask_problem(item: _Rendered, encoded: _Encoded, encoder: TextEncoder) -> tuple[str, str] | None:
     """Why an example must not be trained on: no trained token, another prompt than served, an answer without end."""
     tokens, trained = encoded.tokens, encoded.trained
+    if encoder.bos_token and tokens[1:2] == tokens[:1] == encoder.encode([encoder.bos_token])[0]:
+        return "double_bos", f"the text begins with {encoder.bos_token} twice: take one of them off the template"
     if not any(trained[1:]):  # the first token has no predecessor to be predicted from
         return "nothing_trained", "no token of this row carries a loss"
     if encoded.differs is not None:
@@ -192,7 +243,8 @@ def _mask_problem(item: _Rendered, encoded: _Encoded, encoder: TextEncoder) -> t
             "last trains the last answer alone, or take such characters (a line break, mostly) off the answer"
         )
     ends = [i for i, flag in enumerate(trained) if flag and (i + 1 == len(trained) or not trained[i + 1])]
-    if item.row.messages and any(tokens[end] not in encoder.stop_ids for end in ends):
+    closing = ends[-1:] if item.whole else ends
+    if item.row.messages and any(tokens[end] not in encoder.stop_ids for end in closing):
         last = encoder.decode([tokens[ends[-1]]])
         return "no_stop_token", f"the answer ends in {last!r}, and no stop token is trained; the template must add one"
     return None

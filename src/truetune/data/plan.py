@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import overload
 
 from torch import Tensor
 
 from truetune.data.pack import Batch, collate, group
 from truetune.data.schema import TokenSet
-from truetune.ops.rng import permutation, token_keys
+from truetune.ops.rng import Shuffle, order, token_keys
 
 
 @dataclass
@@ -47,8 +49,7 @@ class StepPlan:
         return cls(data, batch_size, micro_tokens, packing, seed, steps, total)
 
     def __post_init__(self) -> None:
-        self._shuffled: tuple[int, Tensor] | None = None
-        self._lengths: list[int] = self.data.lengths.tolist()
+        self._shuffled: tuple[int, Shuffle | Tensor] | None = None
 
     def examples(self, step: int) -> list[int]:
         """The examples of step ``step`` (counted from 0); a step may reach into the next pass."""
@@ -58,7 +59,7 @@ class StepPlan:
     def micro_batches(self, step: int) -> list[Batch]:
         """The micro-batches of a step."""
         examples = self.examples(step)
-        lengths = [self._lengths[i] for i in examples]
+        lengths = self.data.lengths_of(examples)
         groups = group(lengths, self.micro_tokens, packing=self.packing)
         return [self._collate([examples[i] for i in members], step) for members in groups]
 
@@ -70,11 +71,29 @@ class StepPlan:
     def _at(self, position: int) -> int:
         epoch, index = divmod(position, len(self.data))
         if self._shuffled is None or self._shuffled[0] != epoch:
-            self._shuffled = (epoch, permutation(len(self.data), self.seed, "order", epoch))
+            self._shuffled = (epoch, order(len(self.data), self.seed, "order", epoch))
         return int(self._shuffled[1][index])
 
 
-def sequential_batches(data: TokenSet, micro_tokens: int, *, packing: bool) -> list[Batch]:
+class _InOrder(Sequence[Batch]):
+    """Batches that are made when they are asked for: held-out rows too may be many."""
+
+    def __init__(self, data: TokenSet, groups: list[list[int]], packing: bool) -> None:
+        self._data, self._groups, self._packing = data, groups, packing
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+    @overload
+    def __getitem__(self, index: slice) -> _InOrder: ...
+    def __getitem__(self, index: int | slice) -> Batch | _InOrder:
+        if isinstance(index, slice):
+            return _InOrder(self._data, self._groups[index], self._packing)
+        return collate(self._data, self._groups[index], packing=self._packing)
+
+
+def sequential_batches(data: TokenSet, micro_tokens: int, *, packing: bool) -> Sequence[Batch]:
     """All examples once, for evaluation."""
-    groups = group(data.lengths.tolist(), micro_tokens, packing=packing)
-    return [collate(data, members, packing=packing) for members in groups]
+    return _InOrder(data, group(data.lengths.tolist(), micro_tokens, packing=packing), packing)

@@ -12,14 +12,12 @@ from truetune.data.schema import Origin, RawRow, Reject
 from truetune.errors import DataError
 
 
-def parse_csv(name: str, stream: BinaryIO) -> tuple[list[RawRow], list[Reject]]:
+def parse_csv(name: str, stream: BinaryIO) -> Iterator[RawRow | Reject]:
     """Rows numbered by record from 1, the header not counted. All values are strings, as CSV knows no other type.
 
     Raises:
         DataError: a header that can't be read, names a column twice, or is parted by something else than commas.
     """
-    rows: list[RawRow] = []
-    rejects: list[Reject] = []
     limit = csv.field_size_limit(2**31 - 1)  # the default refuses fields over 128 KiB
     try:
         # surrogateescape keeps an invalid byte recognisable in its own record, so the others stay usable
@@ -28,14 +26,13 @@ def parse_csv(name: str, stream: BinaryIO) -> tuple[list[RawRow], list[Reject]]:
             for number, (line, record) in enumerate(records, start=1):
                 origin = Origin(name, number)
                 if isinstance(record, csv.Error):
-                    rejects.append(Reject(origin, "bad_csv", _broken(record, line=line)))
+                    yield Reject(origin, "bad_csv", _broken(record, line=line))
                 elif fault := _fault(record, width=len(header), line=line):
-                    rejects.append(Reject(origin, *fault, excerpt(record)))
+                    yield Reject(origin, *fault, excerpt(record))
                 else:
-                    rows.append(RawRow(origin, dict(zip(header, record, strict=True))))
+                    yield RawRow(origin, dict(zip(header, record, strict=True)))
     finally:
         csv.field_size_limit(limit)
-    return rows, rejects
 
 
 def _records(name: str, text: io.TextIOWrapper) -> tuple[list[str], Iterator[tuple[int, list[str] | csv.Error]]]:

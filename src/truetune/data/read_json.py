@@ -25,18 +25,22 @@ class _RefusedError(ValueError):
     """Text that the json module would accept and we do not."""
 
 
-def parse_lines(name: str, lines: Iterable[bytes]) -> tuple[list[RawRow], list[Reject]]:
+def parse_lines(
+    name: str, lines: Iterable[bytes], *, first: int = 1, offset: int = 0
+) -> tuple[list[RawRow], list[Reject]]:
     """One row per line; ``lines`` end in ``b"\\n"`` only, so U+2028 and a lone CR stay inside their row.
 
     Row numbers are line numbers from 1: blank lines and faulty ones keep theirs.
 
+    Args:
+        first: the number of the first of ``lines``, where they are not the file's first.
+        offset: where it begins in the file, in bytes.
     Raises:
         DataError: the lines are those of one JSON array spread over several.
     """
     rows: list[RawRow] = []
     rejects: list[Reject] = []
-    offset = 0
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(lines, start=first):
         body = line.removeprefix(BOM) if number == 1 else line
         offset += len(line) - len(body)
         if body.strip():
@@ -51,6 +55,11 @@ def parse_lines(name: str, lines: Iterable[bytes]) -> tuple[list[RawRow], list[R
     return rows, rejects
 
 
+def holds_lines(start: bytes) -> bool:
+    """Whether what a ``.json`` file starts with is JSON lines under a wrong name."""
+    return _LINES_OF_OBJECTS.match(start.removeprefix(BOM)) is not None
+
+
 def parse_document(name: str, data: bytes) -> tuple[list[RawRow], list[Reject]]:
     """A ``.json`` file: an array of rows (numbered by position from 1), one object, or JSON lines under a wrong name.
 
@@ -58,7 +67,7 @@ def parse_document(name: str, data: bytes) -> tuple[list[RawRow], list[Reject]]:
         DataError: the file as a whole is not UTF-8, not JSON, or neither an array nor an object.
     """
     body = data.removeprefix(BOM)
-    if _LINES_OF_OBJECTS.match(body):
+    if holds_lines(data):
         return parse_lines(name, io.BytesIO(data))
     try:
         text = body.decode()

@@ -11,12 +11,18 @@ from truetune.data.schema import Reject
 from truetune.errors import DataError
 
 EXCERPT = 200  # characters of a faulty row that its report keeps
+BY_CHOICE = ("sampled_out", "worse_answer")  # left out because the user said so: counted and listed, and no fault
 LISTED = 20  # faulty rows that an error message lists one by one
 
 
 def counts(rejects: Sequence[Reject]) -> dict[str, int]:
     """Rejected rows by reason, the most frequent reason first."""
     return dict(Counter(reject.reason for reject in rejects).most_common())
+
+
+def faults(rejects: Sequence[Reject]) -> list[Reject]:
+    """The rows that have something wrong with them."""
+    return [reject for reject in rejects if reject.reason not in BY_CHOICE]
 
 
 def excerpt(value: object) -> str:
@@ -31,7 +37,10 @@ def raise_if_too_many(rejects: Sequence[Reject], total: int, *, max_bad_rows: in
     Raises:
         DataError: names every faulty row (the first 20 of many) and the flag that leaves them out.
     """
+    total -= len(rejects)
+    rejects = faults(rejects)
     bad = len(rejects)
+    total += bad
     if not bad or (bad <= max_bad_rows and bad < total):
         return
     if bad < total:

@@ -6,10 +6,12 @@ table; counted from 1), and keeps both through every stage, so that any later re
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,13 +34,21 @@ class Message:
     """One turn of a conversation.
 
     ``instruction`` and ``input`` are set for alpaca rows, whose template words the two apart; ``content`` then
-    holds both joined, for every other template.
+    holds both joined, for every other template. ``reasoning`` is what an answer thinks before it speaks, where the row
+    keeps the two apart. ``tool_calls`` are those of an answer, each ``{"type": "function", "function": {"name": text,
+    "arguments": object}}`` with an ``id`` where it has one; ``name`` and ``call_id`` say which of them a tool's turn
+    replies to. ``train`` is False for an answer that its row wants left as context.
     """
 
     role: str  # one of ROLES
     content: str
     instruction: str | None = None
     input: str | None = None
+    reasoning: str = ""
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+    name: str = ""
+    call_id: str = ""
+    train: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +61,25 @@ class RawRow:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row whose format is understood: a conversation, or a plain text (then ``messages`` is empty)."""
+    """A row whose format is understood: a conversation, or a plain text (then ``messages`` is empty).
+
+    ``tools`` are those the conversation may call, each ``{"type": "function", "function": {"name": …, …}}``.
+    """
 
     origin: Origin
     messages: tuple[Message, ...] = ()
     text: str = ""
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """A prompt with a better and a worse continuation; a row that judges one answer alone has only one of the two."""
+
+    origin: Origin
+    prompt: tuple[Message, ...]
+    chosen: tuple[Message, ...] = ()
+    rejected: tuple[Message, ...] = ()
     tools: tuple[Mapping[str, Any], ...] = ()
 
 
@@ -98,9 +122,9 @@ class TokenSet:
         """Build from one list of ids and one of flags per example."""
         lengths = torch.tensor([len(ids) for ids in tokens], dtype=torch.int64)
         offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-        flat_tokens = torch.tensor([t for ids in tokens for t in ids], dtype=torch.int32)
-        flat_trained = torch.tensor([t for flags in trained for t in flags], dtype=torch.bool)
-        return cls(flat_tokens, flat_trained, offsets, list(origins))
+        flat_tokens = np.fromiter(chain.from_iterable(tokens), np.int32)  # a list of them all is eight times as large
+        flat_trained = np.fromiter(chain.from_iterable(trained), np.bool_)
+        return cls(torch.from_numpy(flat_tokens), torch.from_numpy(flat_trained), offsets, list(origins))
 
     @classmethod
     def join(cls, parts: Sequence[TokenSet]) -> TokenSet:
@@ -121,6 +145,20 @@ class TokenSet:
         """[rows] int64, tokens per example."""
         return self.offsets.diff()
 
+    def lengths_of(self, examples: Sequence[int]) -> list[int]:
+        """Tokens of these examples alone: a list of all lengths may be larger than what a run can hold."""
+        index = torch.tensor(examples, dtype=torch.int64)
+        found: list[int] = (self.offsets[index + 1] - self.offsets[index]).tolist()
+        return found
+
+    def gathered(self, parts: Iterable[TokenSet]) -> TokenSet:
+        """What was made of these examples, part by part, kept where these are: in memory, or in files."""
+        return TokenSet.join(list(parts))
+
+    def highest(self) -> int:
+        """The largest token id; 0 where there is no token."""
+        return int(self.tokens.max()) if len(self.tokens) else 0
+
     def example(self, index: int) -> tuple[Tensor, Tensor]:
         """Example ``index`` as ``(tokens [n] int32, trained [n] bool)`` views."""
         start, end = int(self.offsets[index]), int(self.offsets[index + 1])
@@ -128,6 +166,8 @@ class TokenSet:
 
     def behind(self, ids: Sequence[int]) -> TokenSet:
         """The same examples, each behind these ids, which carry no loss."""
+        if not ids:
+            return self
         count, rows = len(ids), len(self)
         offsets = self.offsets + count * torch.arange(rows + 1)
         is_virtual = torch.zeros(int(offsets[-1]), dtype=torch.bool)
@@ -137,8 +177,8 @@ class TokenSet:
         tokens[~is_virtual] = self.tokens
         trained = torch.zeros(len(is_virtual), dtype=torch.bool)
         trained[~is_virtual] = self.trained
-        if count:  # what had no predecessor has one now, which knows nothing of the text
-            trained[offsets[:-1][self.lengths > 0] + count] = False
+        # What had no predecessor has one now, which knows nothing of the text.
+        trained[offsets[:-1][self.lengths > 0] + count] = False
         return TokenSet(tokens, trained, offsets, self.origins, self.virtual + count)
 
     def ends(self) -> Tensor:
@@ -149,6 +189,5 @@ class TokenSet:
 
     def trained_count(self) -> int:
         """Tokens that carry a loss: the first token of an example has no predecessor to be predicted from."""
-        flags = self.trained.clone()
-        flags[self.offsets[:-1][self.lengths > 0]] = False
-        return int(flags.sum())
+        first = self.trained[self.offsets[:-1][self.lengths > 0]]
+        return int(self.trained.sum()) - int(first.sum())

@@ -1,19 +1,55 @@
-"""From what the user names (files, folders, globs) to the list of data files, or an error that names the way out."""
+"""From what the user names to the list of data files, or an error that names the way out.
+
+A source is a file, a folder, a glob, ``-`` (standard input), ``hub:ORG/NAME`` or the name of a data set in a registry,
+``REGISTRY.yaml:NAME``. Behind ``=`` it may say how often its rows are seen in one pass: ``rows.jsonl=0.3`` takes three
+rows in ten, ``rows.jsonl=2`` takes each of them twice.
+"""
 
 from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from truetune.data import hub, standard_input
+from truetune.data.compressed import PACKINGS, unpacker_of
+from truetune.data.registry import DEFAULT, Entry, check_hash, entry_of
 from truetune.errors import DataError, nearest
 
-SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet", ".txt", ".json.gz", ".jsonl.gz", ".ndjson.gz")
+_TEXTS = (".json", ".jsonl", ".ndjson", ".csv", ".txt")
+SUFFIXES = (*_TEXTS, ".parquet", ".arrow", ".feather", *(text + packing for text in _TEXTS for packing in PACKINGS))
+_KINDS = f"{' '.join(_TEXTS)} (also packed: {' '.join(PACKINGS)}) .parquet .arrow .feather"
 
 
-def find_files(paths: Sequence[str]) -> list[str]:
-    """The data files behind ``paths``, in the order given; a folder or glob gives its files sorted by name.
+@dataclass(frozen=True)
+class Source:
+    """The files behind one name, and how they are to be read.
+
+    Attributes:
+        name: as the user gave it.
+        files: on this machine, in order.
+        form: their format, or ``""`` for what holds for all.
+        columns: which of their columns holds which field, beside what holds for all.
+        weight: how often each row is seen in one pass.
+    """
+
+    name: str
+    files: tuple[str, ...]
+    form: str = ""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    weight: float = 1.0
+
+    @property
+    def times(self) -> int:
+        """How often its files are read: once for a share of their rows."""
+        return max(1, int(self.weight))
+
+
+def find_sources(paths: Sequence[str]) -> list[Source]:
+    """What is behind each of ``paths``, in the order given; a folder or glob gives its files sorted by name.
 
     A folder stands for the data files directly inside it (not for those in its sub-folders, nor for hidden ones);
     ``folder/**/*.jsonl`` reaches deeper. Files of other kinds are passed over in a folder or glob, and refused when
@@ -21,19 +57,28 @@ def find_files(paths: Sequence[str]) -> list[str]:
 
     Raises:
         DataError: a path that does not exist or can't be listed, a file of unknown kind, a folder or glob without
-            any data file.
+            any data file, a data set that can't be fetched or has changed, a weight that can't be.
     """
     if not paths:
         raise DataError("no data: no file was named", ("or", "--data FILE, --data FOLDER, --data 'FOLDER/*.jsonl'"))
-    return [file for path in paths for file in _expand(os.path.expanduser(path))]
+    return [_source(path) for path in paths]
+
+
+def find_files(paths: Sequence[str]) -> list[str]:
+    """The files of ``find_sources``, each as often as it is read.
+
+    Raises:
+        DataError: as ``find_sources``.
+    """
+    return [file for source in find_sources(paths) for _ in range(source.times) for file in source.files]
 
 
 def passed_over(paths: Sequence[str]) -> list[str]:
     """The files of other kinds that lie directly in the folders among ``paths``, and are not read."""
-    folders = [Path(os.path.expanduser(path)) for path in paths if os.path.isdir(os.path.expanduser(path))]
+    plain = [os.path.expanduser(_weighed(path)[0]) for path in paths]
     return [
         str(file)
-        for folder in folders
+        for folder in map(Path, filter(os.path.isdir, plain))
         for file in sorted(folder.iterdir())
         if file.is_file() and not file.name.startswith(".") and not suffix_of(file.name)
     ]
@@ -45,7 +90,45 @@ def suffix_of(path: str) -> str:
     return next((s for s in sorted(SUFFIXES, key=len, reverse=True) if lower.endswith(s)), "")
 
 
+def _source(path: str) -> Source:
+    name, weight = _weighed(path)
+    entry = _entry(name)
+    if entry is None:
+        return Source(path, tuple(_expand(os.path.expanduser(name))), weight=_checked(path, weight))
+    files = tuple(file for inner in entry.files for file in _expand(inner))
+    check_hash(entry, files)
+    return Source(path, files, entry.form, entry.columns, _checked(path, weight * entry.weight))
+
+
+def _weighed(path: str) -> tuple[str, float]:
+    """``("rows.jsonl", 0.3)`` of ``rows.jsonl=0.3``; a file may have such a name itself."""
+    found = re.fullmatch(r"(.+)=(\d*\.?\d+)", path)
+    return (found[1], float(found[2])) if found and not os.path.lexists(path) else (path, 1.0)
+
+
+def _checked(path: str, weight: float) -> float:
+    if weight <= 0 or (weight > 1 and weight != int(weight)):
+        raise DataError(
+            f"{path}: the rows can't be seen {weight:g} times",
+            ("expected", "a share of them above 0 and up to 1, or a whole number of times"),
+        )
+    return weight
+
+
+def _entry(name: str) -> Entry | None:
+    """The data set of a registry that is meant, by ``REGISTRY.yaml:NAME`` or by a name in this folder's own."""
+    found = re.fullmatch(r"(.+\.ya?ml):([^/:]+)", name)
+    if found:
+        return entry_of(os.path.expanduser(found[1]), found[2])
+    bare = re.fullmatch(r"[\w-]+", name) and not os.path.lexists(name)
+    return entry_of(DEFAULT, name) if bare and os.path.isfile(DEFAULT) else None
+
+
 def _expand(path: str) -> list[str]:
+    if path == standard_input.NAME:
+        return [standard_input.spooled()]
+    if path.startswith(hub.PREFIX):
+        return list(hub.fetch(path, SUFFIXES))
     if os.path.isdir(path):
         return _in_folder(path)
     if os.path.lexists(path):
@@ -73,17 +156,19 @@ def _data_files(candidates: list[str], complaint: str, way_out: str = "") -> lis
     files = [file for file in candidates if suffix_of(file)]
     if not files:
         others = ", ".join(os.path.basename(file) for file in candidates[:5])
-        raise DataError(complaint, ("it has", others), ("known kinds", " ".join(SUFFIXES)), ("or", way_out))
+        raise DataError(complaint, ("it has", others), ("known kinds", _KINDS), ("or", way_out))
     return files
 
 
 def _unknown_kind(path: str) -> DataError:
+    if command := unpacker_of(path):
+        return DataError(f"{path}: an archive, which is not unpacked here", ("way out", f"{command} {path}"))
     suffix = os.path.splitext(path)[1]
     found = f"a '{suffix}' file" if suffix else "a file name without a suffix"
     return DataError(
         f"{path}: {found}, and its suffix says how a file is read",
         ("did you mean", nearest(suffix, SUFFIXES) if suffix else ""),
-        ("known kinds", " ".join(SUFFIXES)),
+        ("known kinds", _KINDS),
         ("or", "convert or rename it; JSON lines (.jsonl) suits every format"),
     )
 
@@ -104,5 +189,10 @@ def _missing(path: str) -> DataError:
         f"{path}: no such file or folder",
         ("did you mean", os.path.join(parent, close) if close else ""),
         (f"{parent or 'this folder'} has", ", ".join(data[:8]) + more),
-        ("expected", "a file, folder or glob on this machine; a data set of the Hub has to be downloaded first"),
+        ("expected", f"a file, folder or glob on this machine{_or_hub(path)}"),
     )
+
+
+def _or_hub(path: str) -> str:
+    is_name = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path)
+    return f", or --data hub:{path} for a data set of the Hub" if is_name else ", or hub:ORG/NAME"

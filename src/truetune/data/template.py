@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from truetune.data.schema import Message
+from truetune.data.templates import BUILT_IN, needed_tokens
 from truetune.errors import TemplateError, nearest
 
 
@@ -40,39 +41,6 @@ class TextEncoder(Protocol):
         """Run a Jinja template in a sandbox; ``prompt`` adds what comes in front of an answer."""
 
 
-_ALPACA = """\
-{%- set ns = namespace(head='Below is an instruction that describes a task, paired with an input that provides further \
-context. Write a response that appropriately completes the request.', bare='Below is an instruction that describes a \
-task. Write a response that appropriately completes the request.') -%}
-{%- for m in messages -%}
-{%- if m.role == 'system' -%}{%- set ns.head = m.content -%}{%- set ns.bare = m.content -%}
-{%- elif m.role == 'user' -%}
-{%- if m.input -%}{{ ns.head + '\\n\\n### Instruction:\\n' + m.instruction + '\\n\\n### Input:\\n' + m.input }}
-{%- else -%}{{ ns.bare + '\\n\\n### Instruction:\\n' + (m.instruction or m.content) }}{%- endif -%}
-{{ '\\n\\n### Response:\\n' }}
-{%- elif m.role == 'assistant' -%}{{ m.content + eos_token + ('' if loop.last else '\\n\\n') }}
-{%- else -%}{{ raise_exception('the alpaca template has no place for the role ' + m.role) }}
-{%- endif -%}
-{%- endfor -%}"""
-
-_CHATML = """\
-{%- for m in messages -%}
-{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"""
-
-_PLAIN = """\
-{%- for m in messages -%}
-{%- if m.role == 'assistant' -%}{{ m.content + eos_token + ('' if loop.last else '\\n') }}
-{%- elif m.role in ('user', 'system') -%}{{ m.content + '\\n' }}
-{%- else -%}{{ raise_exception('the plain template has no place for the role ' + m.role) }}
-{%- endif -%}
-{%- endfor -%}"""
-
-BUILT_IN: Mapping[str, str] = {"alpaca": _ALPACA, "chatml": _CHATML, "plain": _PLAIN}
-_NEEDS_TOKENS: Mapping[str, tuple[str, ...]] = {"chatml": ("<|im_start|>", "<|im_end|>")}
-
-
 @dataclass(frozen=True)
 class Template:
     """A chat template: where it is from, and its Jinja source."""
@@ -91,16 +59,41 @@ class Template:
         messages: Sequence[Message],
         *,
         tools: Sequence[Mapping[str, Any]] = (),
+        calls_as_text: bool = False,
         prompt: bool,
     ) -> str:
         """The text a model sees for a conversation.
 
+        Args:
+            encoder: of the tokenizer.
+            messages: the turns.
+            tools: what may be called.
+            calls_as_text: the arguments of tool calls as JSON text, which some templates take no other way.
+            prompt: add what comes in front of an answer.
+
         Raises:
             TemplateError: the template refuses it (its own words are passed on).
         """
-        as_dicts = [{k: v for k in ("role", "content", "instruction", "input") if (v := getattr(m, k)) is not None}
-                    for m in messages]  # fmt: skip
+        as_dicts = [as_dict(message, calls_as_text=calls_as_text) for message in messages]
         return encoder.render(as_dicts, self.source, tools=list(tools) or None, prompt=prompt)
+
+
+def as_dict(message: Message, *, calls_as_text: bool = False) -> dict[str, Any]:
+    """A message as templates know it, after transformers' and OpenAI's names; absent is what it does not have."""
+    found: dict[str, Any] = {"role": message.role, "content": message.content}
+    found |= {name: v for name in ("instruction", "input") if (v := getattr(message, name)) is not None}
+    if message.reasoning:  # by Qwen's and by gpt-oss' name
+        found |= {"reasoning_content": message.reasoning, "thinking": message.reasoning}
+    if message.tool_calls:
+        found["tool_calls"] = [_call(call, as_text=calls_as_text) for call in message.tool_calls]
+    names = {"name": message.name, "tool_call_id": message.call_id}
+    return found | {name: text for name, text in names.items() if text}
+
+
+def _call(call: Mapping[str, Any], *, as_text: bool) -> dict[str, Any]:
+    function = call["function"]
+    arguments = json.dumps(function["arguments"], ensure_ascii=False) if as_text else function["arguments"]
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 # A prelude ends in a line break, which the tag in front of it eats: the template itself still begins a line, as the
@@ -165,20 +158,24 @@ def resolve_template(setting: str, encoder: TextEncoder) -> Template:
         if encoder.own_template is None:
             raise TemplateError(
                 "the tokenizer has no chat template, and truetune does not guess one",
-                ("way out", "--template alpaca (instructions), plain (bare text), or a Jinja file"),
+                (
+                    "way out",
+                    "--template alpaca (instructions), plain (bare text), the name of a family, or a Jinja file",
+                ),
                 ("known", ", ".join(BUILT_IN)),
             )
         return Template("own", encoder.own_template)
     if setting in BUILT_IN:
-        missing = [token for token in _NEEDS_TOKENS.get(setting, ()) if not encoder.has_token(token)]
+        missing = [token for token in needed_tokens(setting) if not encoder.has_token(token)]
         if missing:
             raise TemplateError(
                 f"--template {setting}: the tokenizer has no token {' or '.join(missing)}",
                 ("way out", "--template alpaca or plain, which end an answer with the tokenizer's own end token"),
             )
+        source = BUILT_IN[setting]
         # Said in the template itself, so that whoever renders it later needs no rule of ours.
-        lead = "{{- bos_token -}}" if encoder.bos_token else ""
-        return Template(setting, lead + BUILT_IN[setting])
+        lead = "{{- bos_token -}}" if encoder.bos_token and "bos_token" not in source else ""
+        return Template(setting, lead + source)
     return _from_file(setting)
 
 

@@ -58,8 +58,8 @@ def decoder_parts(layer: nn.Module) -> DecoderParts | None:
         "self_attn", "mlp", "input_layernorm", "post_attention_layernorm"
     }:  # fmt: skip
         return None
-    input_norm = _normed(getattr(layer, "input_layernorm", None))
-    mlp_norm = _normed(getattr(layer, "post_attention_layernorm", None))
+    input_norm = normed(getattr(layer, "input_layernorm", None))
+    mlp_norm = normed(getattr(layer, "post_attention_layernorm", None))
     activation = _activation(mlp.act_fn)
     head_dim = getattr(attention, "head_dim", None)
     if not (input_norm and mlp_norm and activation and isinstance(head_dim, int)):
@@ -74,7 +74,7 @@ def decoder_parts(layer: nn.Module) -> DecoderParts | None:
     return parts if all(projection_group(modules, tokens=1) for modules in together) else None
 
 
-def _normed(module: nn.Module | None) -> Normed | None:
+def normed(module: nn.Module | None) -> Normed | None:
     """An RMSNorm with a frozen weight, as a formula; the module itself tells which of the usual two it is.
 
     Without weights, on the meta device, it is taken for the first.

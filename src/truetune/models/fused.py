@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from truetune.adapters.ia3 import with_inner_factors
 from truetune.adapters.lora import projection_group
 from truetune.adapters.prefix_linear import with_prefix
 from truetune.adapters.virtual import Places, placed, places_in_force
@@ -99,7 +100,9 @@ class FusedLayer:
         """What follows the attention, row by row; when it is computed again, nobody reads what it ends in."""
         parts = self.parts
         (x,) = project(_group(x, parts.o), mixed, residual=x)
-        gate, up = project(_group(x, parts.gate, parts.up), x, source=parts.mlp_norm, keep=self.keep)
+        inner = _group(x, parts.gate, parts.up)
+        inner = replace(inner, projections=(inner.projections[0], with_inner_factors(parts.down, inner.projections[1])))
+        gate, up = project(inner, x, source=parts.mlp_norm, keep=self.keep)
         down = _without_products(_group(x, parts.down)) if is_again else _group(x, parts.down)
         (x,) = project(down, gate, up, source=Gated(parts.activation), residual=x, keep=self.keep)
         return x

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from truetune.adapters.base import Adapter
+from truetune.adapters.token_rows import HeadRows
 from truetune.ops.loss import Head
 
 
@@ -33,14 +34,18 @@ def head_of(model: PreTrainedModel) -> Head | None:
     plain = type(module) is nn.Linear and not parameters
     if not plain and isinstance(module, Adapter):
         parameters = _with_table(module, parameters)
+    few = module if isinstance(module, HeadRows) and type(module.base) is nn.Linear else None
+    frozen: Any = few.base if few is not None else module if plain else None
     divisor = getattr(config, "logits_scaling", None) or 1.0  # Granite
     return Head(
         module=module,
-        weight=module.weight if plain else None,
-        bias=module.bias if plain else None,
+        weight=frozen.weight if frozen is not None else None,
+        bias=frozen.bias if frozen is not None else None,
         scale=float(getattr(config, "logit_scale", None) or 1.0) / divisor,  # Cohere
         softcap=float(getattr(config, "final_logit_softcapping", None) or 0.0),
         parameters=parameters,
+        ids=few.ids if few is not None else None,
+        rows=few.trained() if few is not None else None,
     )
 
 

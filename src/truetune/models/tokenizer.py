@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AddedToken, AutoTokenizer, GenerationConfig
 
 from truetune.errors import ModelError, TemplateError
 from truetune.models.load import known_copy
@@ -32,6 +32,7 @@ class ChatTokenizer:
     def __init__(self, tokenizer: Any, generation_stops: Sequence[int] = (), folder: Path | None = None) -> None:
         self.hf = tokenizer
         self.folder = folder  # with its files, where it was read from one
+        self.added: dict[str, int] = {}  # tokens that it did not have
         own = tokenizer.chat_template
         # Some tokenizers bring several by name; the one for plain conversations is called default.
         self.own_template: str | None = own.get("default") if isinstance(own, Mapping) else own
@@ -75,7 +76,8 @@ class ChatTokenizer:
         """
         if self.folder is None or not self.hf.is_fast:
             return None
-        digest = hashlib.sha256(repr([(name, version(name)) for name in _LIBRARIES]).encode())
+        facts = [(name, version(name)) for name in _LIBRARIES] + list(self.added.items())
+        digest = hashlib.sha256(repr(facts).encode())
         try:
             for path in sorted({path for pattern in _PATTERNS for path in self.folder.glob(pattern)}):
                 digest.update(repr((path.name, hashlib.sha256(path.read_bytes()).digest())).encode())
@@ -83,13 +85,42 @@ class ChatTokenizer:
             return None
         return digest.hexdigest()
 
+    @property
+    def vocabulary_hash(self) -> str:
+        """SHA-256 of its tokens in the order of their ids, without those that were added here."""
+        ids = {token: number for token, number in self.hf.get_vocab().items() if token not in self.added}
+        return hashlib.sha256("\0".join(sorted(ids, key=ids.__getitem__)).encode()).hexdigest()
+
     def _adds_bos(self) -> bool:
         ids = self.hf("a", add_special_tokens=True)["input_ids"]
         return self.hf.bos_token_id is not None and ids[:1] == [self.hf.bos_token_id]
 
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """The ids that stand for no text of a row: starts, ends, and what else the vocabulary marks as special."""
+        added = [number for number, token in self.hf.added_tokens_decoder.items() if token.special]
+        return frozenset([*self.hf.all_special_ids, *added, *self.stop_ids])
+
     def has_token(self, text: str) -> bool:
         """Whether ``text`` is one token of the vocabulary."""
         return text in self.hf.get_vocab()
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token; None where there is no such."""
+        found = self.hf.get_vocab().get(token)
+        return None if found is None else int(found)
+
+    def add(self, tokens: Sequence[str]) -> dict[str, int]:
+        """Add tokens that it does not have, as they are written; returns the id of each.
+
+        They are plain tokens, not special ones: text that is decoded shows them.
+        """
+        self.hf.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens])
+        vocabulary = self.hf.get_vocab()
+        new = {token: int(vocabulary[token]) for token in tokens}
+        self.added |= new
+        self.__dict__.pop("identity", None)  # of the tokens that there were
+        return new
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, with no special token added; special tokens written out in the text are recognised."""

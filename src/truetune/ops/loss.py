@@ -48,6 +48,7 @@ class Head:
         softcap: c of ``c · tanh(logits / c)`` (Gemma 2, arXiv:2408.00118); 0 for none.
         module: the head as it is called, [n, hidden] -> [n, vocab], before scale and cap.
         parameters: those of ``module`` that are trained.
+        ids, rows: [k] int64 and [k, hidden], trained rows that stand in the place of these of ``weight``.
     """
 
     module: Callable[[Tensor], Tensor]
@@ -56,6 +57,8 @@ class Head:
     scale: float = 1.0
     softcap: float = 0.0
     parameters: tuple[Tensor, ...] = ()
+    ids: Tensor | None = None
+    rows: Tensor | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, hidden] -> [n, vocab], whole."""
@@ -98,7 +101,7 @@ def linear_cross_entropy(
         rows = chunk or _rows(head.weight.shape[0] * head.weight.element_size())
         with torch.autocast(hidden.device.type, enabled=False):
             total = _FrozenHead.apply(  # type: ignore[no-untyped-call]
-                hidden.to(head.weight.dtype), targets, head, smoothing, rows, wants
+                hidden.to(head.weight.dtype), targets, head, smoothing, rows, wants, head.rows
             )
     return total
 
@@ -107,15 +110,43 @@ def _rows(row_bytes: int) -> int:
     return max(64, _CHUNK_BYTES // row_bytes // 64 * 64)
 
 
+class _TrainedRows:
+    """The few rows of a frozen head that are trained: their logits, and what their gradients come to."""
+
+    def __init__(self, head: Head, weight: Tensor, rows: Tensor) -> None:
+        assert head.ids is not None
+        self.ids, self.own = head.ids, rows.detach().to(weight.dtype)
+        self.apart = self.own - weight[self.ids]
+        self.gradient = torch.zeros_like(rows)
+
+    def put(self, logits: Tensor, hidden: Tensor) -> None:
+        """In place: their columns of [n, vocab]."""
+        logits.index_copy_(1, self.ids, hidden @ self.own.T)
+
+    def collect(self, slopes: Tensor, hidden: Tensor, gradient: Tensor) -> None:
+        """Mend the gradient of ``hidden``, which was made with the frozen rows, and add up their own."""
+        picked = slopes[:, self.ids]
+        gradient.addmm_(picked, self.apart)
+        self.gradient += picked.to(self.gradient.dtype).T @ hidden.to(self.gradient.dtype)
+
+
 class _FrozenHead(torch.autograd.Function):
-    """Only the hidden states get a gradient: softmax minus one-hot, times the weight."""
+    """Only the hidden states and the trained rows get a gradient: softmax minus one-hot, times the weight."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, targets: Tensor, head: Head, smoothing: float, rows: int, wants: bool
+        ctx: Any,
+        hidden: Tensor,
+        targets: Tensor,
+        head: Head,
+        smoothing: float,
+        rows: int,
+        wants: bool,
+        trained: Tensor | None,
     ) -> Tensor:
         weight = head.weight
         assert weight is not None
+        few = None if trained is None else _TrainedRows(head, weight, trained)
         count, hidden = len(hidden), _filled_up(hidden)
         gradient = buffers.empty_like(hidden) if wants else None
         total = hidden.new_zeros((), dtype=torch.float64)
@@ -124,6 +155,8 @@ class _FrozenHead(torch.autograd.Function):
             part = slice(start, start + rows)
             logits = room[: len(hidden[part])]
             torch.mm(hidden[part], weight.T, out=logits)
+            if few is not None:
+                few.put(logits, hidden[part])
             if head.bias is not None:
                 logits += head.bias
             if head.scale != 1.0:
@@ -134,16 +167,20 @@ class _FrozenHead(torch.autograd.Function):
             total += losses.sum(dtype=torch.float64)
             if gradient is not None:
                 torch.mm(logits, weight, out=gradient[part])
+                if few is not None:
+                    few.collect(logits, hidden[part], gradient[part])
         if gradient is not None and head.scale != 1.0:
             gradient *= head.scale
         ctx.gradient = None if gradient is None else gradient[:count]
+        ctx.of_rows = few.gradient * head.scale if few is not None and wants else None
         return total.to(torch.promote_types(hidden.dtype, torch.float32))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         gradient = None if ctx.gradient is None else ctx.gradient * g
-        return gradient, None, None, None, None, None
+        of_rows = None if ctx.of_rows is None else ctx.of_rows * g
+        return gradient, None, None, None, None, None, of_rows
 
 
 def _filled_up(hidden: Tensor) -> Tensor:

@@ -83,9 +83,9 @@ def row_norms(squares: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: floa
     """
     wide = squares.dtype
     a, b = a.to(wide), b.to(wide)
-    across = (weight @ a.T.to(weight.dtype)).to(wide).mul_(b).sum(1)
-    own = (b @ (a @ a.T)).mul_(b).sum(1)
-    return (squares + 2 * scale * across + scale * scale * own).clamp_min_(0).sqrt_()
+    across = (weight @ a.T.to(weight.dtype)).to(wide)
+    twice = torch.addmm(across, b, a @ a.T, beta=2 * scale, alpha=scale * scale)  # what B is multiplied with
+    return twice.mul_(b).sum(1).add_(squares).clamp_min_(0).sqrt_()
 
 
 def best(matrix: Tensor, rank: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:

@@ -198,7 +198,7 @@ class _Call:
             if h is not None and b is not None:
                 return _Output(thin.add(y, h, b, residual=residual))
             return _Output(y if residual is None else y.add_(residual))
-        return self.scaled_output(p, x, low, h, b, residual)
+        return self.scaled_output(p, x, low, h, b, residual=residual)
 
     def scaled_output(
         self, p: Projection, x: Tensor, low: Tensor, h: Tensor | None, b: Tensor | None, *, residual: Tensor | None

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -64,3 +65,53 @@ def generator(seed: int, *parts: str | int) -> torch.Generator:
 def permutation(count: int, seed: int, *parts: str | int) -> Tensor:
     """[count] int64: a shuffled range."""
     return torch.randperm(count, generator=generator(seed, *parts))
+
+
+# Up to here an order is drawn as a list, which costs 8 bytes a row; beyond, each place is computed when asked for.
+# The border is part of the order: moving it would move the rows of every run between.
+LISTED = 1 << 20
+_ROUNDS = 8
+_WORD = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class Shuffle:
+    """A permutation of ``range(count)`` that is never written down.
+
+    A Feistel network on the least even number of bits that holds ``count`` (Luby, Rackoff 1988), walked along its cycle
+    until it falls below ``count`` (Black, Rogaway 2002): less than four walks on average. It is as random as a shuffle
+    of training rows has to be, and no cipher.
+    """
+
+    count: int
+    keys: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> int:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        half = max(1, ((self.count - 1).bit_length() + 1) // 2)
+        low = (1 << half) - 1
+        while True:
+            left, right = index >> half, index & low
+            for key in self.keys:
+                left, right = right, left ^ (_mixed(right + key & _WORD) & low)
+            index = left << half | right
+            if index < self.count:
+                return index
+
+
+def order(count: int, seed: int, *parts: str | int) -> Shuffle | Tensor:
+    """``range(count)`` shuffled, to be asked place by place: a list of all where that is short, else a ``Shuffle``."""
+    if count <= LISTED:
+        return permutation(count, seed, *parts)
+    return Shuffle(count, tuple(derive_seed(seed, *parts, "round", n) for n in range(_ROUNDS)))
+
+
+def _mixed(value: int) -> int:
+    """64 bits in which each bit depends on all of ``value`` (the finaliser of SplitMix64, Steele et al. 2014)."""
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & _WORD
+    value = (value ^ value >> 27) * 0x94D049BB133111EB & _WORD
+    return value ^ value >> 31

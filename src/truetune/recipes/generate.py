@@ -1,26 +1,30 @@
-"""``truetune generate``: one prompt, one answer, from a base, an adapter on it, or a merged model."""
+"""``truetune generate``: answers from a base, an adapter on it, or a merged model."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from truetune.adapters import files
+from truetune.adapters.bank import Bank
 from truetune.adapters.virtual import virtual_ids
-from truetune.config.generate import GenerateConfig
+from truetune.config.generate import AnswerGroup, GenerateConfig
 from truetune.config.resolve import Resolved
 from truetune.data.schema import Message
 from truetune.data.template import Template, resolve_template
 from truetune.errors import ConfigError, ModelError
-from truetune.generate.answer import Sampling, answer
+from truetune.generate.engine import Engine
+from truetune.generate.request import Delta, Handle, Request, Sampling
 from truetune.models import load
 from truetune.models.precision import choose_device, choose_precision
 from truetune.models.tokenizer import ChatTokenizer
-from truetune.recipes.adapter import check_base, packing_remark
+from truetune.recipes import generate_rows as batch
+from truetune.recipes.adapter import check_base, check_template, check_tokenizer, packing_remark
+from truetune.recipes.new_tokens import tokenizer_of
 from truetune.train.log import Screen
 
 
@@ -33,52 +37,118 @@ class Speaker:
     template: Template | None
     stop_ids: frozenset[int]
     system: str | None = None  # the message that training put in front where there was none
+    adapter: Path | None = None  # the folder of one that the model does not carry itself
 
     def prompt_ids(self, prompt: str, system: str | None = None) -> list[int]:
         """The ids of a prompt, worded exactly as in training, with ``system`` in place of its system message."""
+        return self.conversation_ids([Message("user", prompt, instruction=prompt, input="")], system)
+
+    def conversation_ids(self, turns: Sequence[Message], system: str | None = None) -> list[int]:
+        """The same of a conversation; without a template its texts follow each other."""
         if self.template is None:
-            text = self.tokenizer.bos_token + prompt
+            text = self.tokenizer.bos_token + "".join(turn.content for turn in turns)
         else:
             system = self.system if system is None else system
-            head = (Message("system", system),) if system is not None else ()
-            turn = Message("user", prompt, instruction=prompt, input="")
-            text = self.template.render(self.tokenizer, (*head, turn), prompt=True)
+            head = (Message("system", system),) if system is not None and turns[0].role != "system" else ()
+            text = self.template.render(self.tokenizer, (*head, *turns), prompt=True)
         return self.tokenizer.encode([text])[0]
 
 
 def run(resolved: Resolved[GenerateConfig]) -> dict[str, Any]:
     """Answer as the config says; the text goes to stdout as it comes."""
     config, screen = resolved.config, Screen()
-    speaker = load_speaker(config, screen)
-    prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
-    ids = speaker.prompt_ids(prompt, config.system)
-    _check_prompt(ids, speaker)
-    longest, limit = _longest_answer(config.max_new_tokens, ids, speaker)
-    sampling = Sampling(longest, config.temperature, config.top_p, config.seed)
+    if config.input is not None and config.output is not None:
+        jobs = batch.read(Path(config.input).expanduser(), Path(config.output).expanduser())
+        speaker = load_speaker(config, screen, attached=False)
+        return batch.run(config, jobs, speaker, screen)
+    speaker = load_speaker(config, screen, attached=False)
+    asked = [sys.stdin.read() if prompt == "-" else prompt for prompt in config.prompt]
+    prompts = [speaker.prompt_ids(prompt, config.system) for prompt in asked]
+    for ids in prompts:
+        check_prompt(ids, speaker)
+    engine = engine_of(config, speaker, longest=max(map(len, prompts)))
     began = time.perf_counter()
+    handles = [engine.submit(request_for(config, speaker, ids)) for ids in prompts]
+    engine.start()
+    answers = []
+    try:
+        for number, (handle, ids) in enumerate(zip(handles, prompts, strict=True)):
+            if len(prompts) > 1:
+                screen.say("prompt", f"{number + 1} of {len(prompts)}")
+            answers.append(_shown(handle, ids, began))
+            _say_end(screen, answers[-1], config, speaker)
+    finally:
+        engine.stop(drain=False)
+    return answers[0] if len(answers) == 1 else {"answers": answers}
 
-    def show(text: str) -> None:
-        sys.stdout.write(text)
+
+def _shown(handle: Handle, ids: Sequence[int], began: float) -> dict[str, Any]:
+    """One answer, written to stdout as it comes."""
+    text, new, end = "", 0, Delta()
+    for end in handle:
+        text, new = text + end.text, new + len(end.ids)
+        sys.stdout.write(end.text)
         sys.stdout.flush()
-
-    new = answer(speaker.model, speaker.tokenizer, ids, stop_ids=speaker.stop_ids, sampling=sampling, show=show)
-    seconds = time.perf_counter() - began
-    show("\n")
-    stopped = bool(new) and new[-1] in speaker.stop_ids
-    why = "stopped by itself" if stopped else f"cut at {limit}"
-    screen.say("done", f"{len(new)} tokens, {why} · {len(new) / seconds:,.1f} tok/s")
-    text = speaker.tokenizer.hf.decode(new, skip_special_tokens=True)
-    return {"text": text, "prompt_tokens": len(ids), "new_tokens": len(new), "stopped": stopped,
-            "tok_s": round(len(new) / seconds, 2)}  # fmt: skip
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    if end.finish == "error":
+        raise ModelError(f"no answer: {end.error}")
+    seconds = max(time.perf_counter() - began, 1e-9)
+    return {"text": text, "prompt_tokens": len(ids), "new_tokens": new, "stopped": end.finish == "stop",
+            "tok_s": round(new / seconds, 2)}  # fmt: skip
 
 
-def _check_prompt(ids: Sequence[int], speaker: Speaker) -> None:
-    """What the model could not take in would end in the middle of its arithmetic."""
-    context, vocabulary = _context(speaker), len(speaker.model.get_input_embeddings().weight)
+def _say_end(screen: Screen, answer: dict[str, Any], config: GenerateConfig, speaker: Speaker) -> None:
+    limit = f"--max-new-tokens {config.max_new_tokens}"
+    if answer["new_tokens"] < config.max_new_tokens:
+        limit = f"the model's context of {load.context_length(speaker.model.config):,} tokens"
+    why = "stopped by itself" if answer["stopped"] else f"cut at {limit}"
+    screen.say("done", f"{answer['new_tokens']} tokens, {why} · {answer['tok_s']:,.1f} tok/s")
+
+
+ADAPTER = "adapter"
+"""The name of the adapter that ``--adapter`` gives."""
+
+
+def engine_of(config: AnswerGroup, speaker: Speaker, *, rows: int = 8, longest: int | None = None) -> Engine:
+    """An engine for a speaker, its adapter beside the base.
+
+    Args:
+        longest: tokens of the longest prompt, where that is known.
+    """
+    context = load.context_length(speaker.model.config) or 1 << 62
+    each = context if longest is None else min(context, longest + config.max_new_tokens + _SPARE)
+    engine = Engine(speaker.model, speaker.tokenizer, max_rows=rows, max_tokens=rows * min(each, _MOST_TOKENS))
+    if speaker.adapter is not None:
+        engine.adapters.register(ADAPTER, speaker.adapter)
+    return engine
+
+
+_SPARE, _MOST_TOKENS = 256, 32_768
+
+
+def request_for(config: AnswerGroup, speaker: Speaker, ids: Sequence[int]) -> Request:
+    """A prompt with the settings of a command."""
+    sampling = Sampling(
+        temperature=config.temperature, top_p=config.top_p, top_k=config.top_k, min_p=config.min_p,
+        repetition_penalty=config.repetition_penalty, presence_penalty=config.presence_penalty,
+        frequency_penalty=config.frequency_penalty, seed=config.seed,
+    )  # fmt: skip
+    name = ADAPTER if speaker.adapter is not None else None
+    return Request(ids, name, sampling, config.max_new_tokens, config.stop, speaker.stop_ids)
+
+
+def check_prompt(ids: Sequence[int], speaker: Speaker, flag: str = "--prompt") -> None:
+    """What the model could not take in would end in the middle of its arithmetic.
+
+    Raises:
+        ConfigError, ModelError: an empty prompt, a long one, or ids that the model lacks.
+    """
+    whole, vocabulary = load.context_length(speaker.model.config), len(speaker.model.get_input_embeddings().weight)
     if not ids:
-        raise ConfigError("--prompt is empty, and this model starts a text with no token of its own")
-    if context and len(ids) >= context:
-        raise ConfigError(f"--prompt: {len(ids):,} tokens, and the model was made for at most {context:,}")
+        raise ConfigError(f"{flag} is empty, and this model starts a text with no token of its own")
+    if whole and len(ids) >= whole - len(virtual_ids(speaker.model)):
+        raise ConfigError(f"{flag}: {len(ids):,} tokens, and the model was made for at most {whole:,}")
     if (highest := max(ids)) >= vocabulary:
         text = speaker.tokenizer.decode([highest])
         raise ModelError(
@@ -87,47 +157,54 @@ def _check_prompt(ids: Sequence[int], speaker: Speaker) -> None:
         )
 
 
-def _longest_answer(asked: int, ids: Sequence[int], speaker: Speaker) -> tuple[int, str]:
-    """``(tokens, what sets this limit)``: behind its context a model has no positions, or none that it knows."""
-    context = _context(speaker)
-    if context and len(ids) + asked > context:
-        return context - len(ids), f"the model's context of {context:,} tokens"
-    return asked, f"--max-new-tokens {asked}"
-
-
-def _context(speaker: Speaker) -> int | None:
-    """The tokens that the model has positions for, without those that its adapter takes."""
-    whole = load.context_length(speaker.model.config)
-    return whole and whole - len(virtual_ids(speaker.model))
-
-
-def load_speaker(config: GenerateConfig, screen: Screen) -> Speaker:
+def load_speaker(config: AnswerGroup, screen: Screen, *, attached: bool = True) -> Speaker:
     """Load what the config names, adapter and template included.
 
+    Args:
+        attached: put the adapter on the model; else it stays in its folder for an engine, unless it changes the base.
     Raises:
         ModelError, AdapterError, TemplateError: what does not fit, and the way out.
     """
     device = choose_device(config.device)
     model_config = load.load_config(config.model, revision=config.revision)
     tokenizer = ChatTokenizer.load(config.model, revision=config.revision)
-    file = files.read(Path(config.adapter).expanduser()) if config.adapter else None
-    if file is not None:
+    parents = {path: files.read(Path(path).expanduser()) for path in config.weights}
+    file = next(iter(parents.values()), None)
+    for file in reversed(parents.values()):
         base = load.local_copy(config.model, revision=config.revision)
-        check_base(file, config.model, base, allow_other=config.allow_other_base)
+        check_base(file, config.model, base, allowed=config.allowed)
+        check_tokenizer(file, tokenizer, allowed=config.allowed)
         if remark := packing_remark(file, load.packing(config.model, model_config, config.recipe())):
             screen.note(remark)
+        tokenizer = tokenizer_of(file, tokenizer, screen)
     card = file.card if file else {}
     template = _template(config.template, card, tokenizer, screen)
+    for parent in parents.values():
+        check_template(parent, template, allowed=config.allowed)
     precision = choose_precision(config.dtype, load.checkpoint_dtype(model_config), device=device)
     model = load.load_model(
         config.model, dtype=precision.storage, device=device, revision=config.revision, config=model_config,
         quant=config.recipe(), warn=screen.warn,
     )  # fmt: skip
-    if file is not None:
+    alone = list(config.weights.values()) == [1.0]
+    attached = attached or not alone or any(p.settings.trainable or p.settings.token_rows for p in parents.values())
+    if file is not None and attached and alone:
         files.load(model, file)
         model.eval()
-    stop_ids = tokenizer.stop_ids | frozenset(card.get("stop_ids", ()))
-    return Speaker(model, tokenizer, template, stop_ids, card.get("system"))
+    elif parents and attached:
+        _add_up(model, parents, list(config.weights.values()))
+        screen.note(f"adapters {' + '.join(config.adapter)}, added up")
+    stop_ids = tokenizer.stop_ids.union(*(parent.card.get("stop_ids", ()) for parent in parents.values()))
+    folder = file.folder if file is not None and not attached else None
+    return Speaker(model, tokenizer, template, stop_ids, card.get("system"), folder)
+
+
+def _add_up(model: Any, parents: Mapping[str, files.AdapterFile], weights: Sequence[float]) -> None:
+    """Compute with the sum of several adapters, each times its weight."""
+    bank = Bank(model)
+    for name, file in parents.items():
+        bank.add(name, file)
+    bank.use(list(parents), weights)
 
 
 def _template(setting: str, card: Any, tokenizer: ChatTokenizer, screen: Screen) -> Template | None:

@@ -16,6 +16,7 @@ from truetune.data.formats.checks import (
     expect_list,
     expect_object,
     optional_text,
+    system_message,
     text_field,
 )
 from truetune.data.schema import Message, RawRow, Row
@@ -33,18 +34,23 @@ def parse(raw: RawRow) -> Row:
     """A conversation: system (if given), earlier turns, the user's turn, the answer.
 
     Raises:
-        RowError: ``not_an_object``, ``missing_field``, ``wrong_type``, ``empty_output``, ``two_inputs``.
+        RowError: ``not_an_object``, ``missing_field``, ``wrong_type``, ``empty_output``, ``two_inputs``, ``ambiguous``.
     """
     value = _flat(expect_object(raw.value))
     instruction = text_field(value, "instruction")
     added = _added(value)
-    answer = answer_field(value, "response" if "output" not in value and "response" in value else "output")
-    system = optional_text(value, "system")
-    messages = [Message("system", system)] if system else []
-    messages += _history(value)
+    messages = [*system_message(value), *_history(value)]
+    answer = answer_field(value, _answer_column(value))
     messages += [_question(instruction, added), Message("assistant", answer)]
     check_answers(messages)
     return Row(raw.origin, messages=tuple(messages))
+
+
+def _answer_column(value: Mapping[str, Any]) -> str:
+    given = [name for name in ("output", "response") if value.get(name) is not None]
+    if len({value[name] if isinstance(value[name], str) else name for name in given}) > 1:
+        raise RowError("ambiguous", "`output` and `response` are both there and differ: --columns output=… says which")
+    return given[0] if given else "response" if "response" in value and "output" not in value else "output"
 
 
 def _added(value: Mapping[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,9 +10,12 @@ from truetune.errors import nearest
 
 # Every field that some format knows: none of them is a misspelling of another.
 FIELDS = {
-    "instruction", "input", "context", "output", "response", "history", "system", "instances", "messages", "role",
-    "content", "conversations", "from", "value", "tools", "prompt", "completion", "question", "answer", "text", "code",
+    "instruction", "input", "context", "output", "response", "history", "system", "system_prompt", "instances",
+    "messages", "role", "content", "conversations", "from", "value", "tools", "prompt", "completion", "question",
+    "answer", "query", "problem", "solution", "text", "code", "quote", "chosen", "rejected", "response_j",
+    "response_k", "label",
 }  # fmt: skip
+PREFERENCES = (("chosen", "rejected"), ("response_j", "response_k"))  # the better one first
 _MEDIA = ("images", "image", "videos", "audios")
 
 
@@ -26,22 +28,26 @@ class RowError(Exception):
         super().__init__(detail)
 
 
-def refuse_unsupervised(value: Mapping[str, Any]) -> None:
+def refuse_unsupervised(value: Mapping[str, Any], *, preferences: bool = True) -> None:
     """Refuse rows made for another kind of training, whatever format their other columns fit.
+
+    Args:
+        value: the row.
+        preferences: whether those are refused too.
 
     Raises:
         RowError: ``preference`` (pairs of a better and a worse answer, or answers with a verdict), ``media``.
     """
-    for pair in (("chosen", "rejected"), ("response_j", "response_k")):
+    way = "no row for supervised training, unless --format chosen takes the better answer of each"
+    for pair in PREFERENCES if preferences else ():
         if all(column in value for column in pair):
             names = ", ".join(f"`{column}`" for column in value)
-            raise RowError("preference", f"a preference row ({names}): no row for supervised training")
-    if isinstance(value.get("label"), bool):
-        verdict = "`label` true or false judges the answer"
-        raise RowError("preference", f"a preference row ({verdict}): no row for supervised training")
+            raise RowError("preference", f"a preference row ({names}): {way}")
+    if preferences and isinstance(value.get("label"), bool):
+        raise RowError("preference", f"a preference row (`label` true or false judges the answer): {way}")
     for column in _MEDIA:
         if value.get(column):
-            detail = f"`{column}` holds {_kind(value[column])}: only text can be trained on"
+            detail = f"`{column}` holds {kind(value[column])}: only text can be trained on"
             raise RowError("media", detail)
 
 
@@ -62,18 +68,30 @@ def text_field(value: Mapping[str, Any], name: str, *, where: str = "", hint: st
         cause = hint or (f"is `{close}` meant?" if close else f"the fields are {list_fields(value)}")
         raise RowError("missing_field", f"{where}`{name}` is missing; {cause}")
     if not isinstance(value[name], str):
-        detail = f"{where}`{name}` is {_kind(value[name])}, text is expected"
+        detail = f"{where}`{name}` is {kind(value[name])}, text is expected"
         raise RowError("wrong_type", detail + (f"; {hint}" if hint else ""))
     return str(value[name])
 
 
-def optional_text(value: Mapping[str, Any], name: str) -> str:
+def optional_text(value: Mapping[str, Any], name: str, *, where: str = "") -> str:
     """A field that may be absent or null (a Parquet table has null for absent); then ``""``.
 
     Raises:
         RowError: ``wrong_type``.
     """
-    return "" if value.get(name) is None else text_field(value, name)
+    return "" if value.get(name) is None else text_field(value, name, where=where)
+
+
+def system_message(value: Mapping[str, Any]) -> list[Message]:
+    """The row's own `system` (or `system_prompt`) as a message, or none.
+
+    Raises:
+        RowError: ``wrong_type``, or ``ambiguous`` where the two differ.
+    """
+    texts = {text for name in ("system", "system_prompt") if (text := optional_text(value, name))}
+    if len(texts) > 1:
+        raise RowError("ambiguous", "`system` and `system_prompt` are both there and differ: keep one")
+    return [Message("system", text) for text in texts]
 
 
 def answer_field(value: Mapping[str, Any], name: str, *, where: str = "") -> str:
@@ -93,11 +111,13 @@ def check_answers(messages: Sequence[Message]) -> None:
     """At least one answer of the assistant, and something in each: a blank one would teach to say nothing.
 
     Raises:
-        RowError: ``no_answer`` or ``empty_output``.
+        RowError: ``no_answer``, ``empty_output``, or ``nothing_trained`` where the row wants none of them trained.
     """
-    answers = [(number, message.content) for number, message in enumerate(messages, 1) if message.role == "assistant"]
-    blank = [str(number) for number, answer in answers if not answer.strip()]
+    answers = [(number, message) for number, message in enumerate(messages, 1) if message.role == "assistant"]
+    blank = [str(number) for number, answer in answers if not (answer.content.strip() or answer.tool_calls)]
     if answers and not blank:
+        if not any(answer.train for _, answer in answers):
+            raise RowError("nothing_trained", "every answer is marked as not to be trained")
         return
     if len(blank) < len(answers):
         raise RowError("empty_output", f"message {', '.join(blank)}: the answer is empty or white space only")
@@ -110,25 +130,6 @@ def check_answers(messages: Sequence[Message]) -> None:
     raise RowError("no_answer", f"no assistant message (found: {roles}): nothing to learn from")
 
 
-def parse_tools(value: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
-    """The ``tools`` of a row, given as a list of objects or as JSON text of one; absent, null and empty mean none.
-
-    Raises:
-        RowError: ``bad_tools``.
-    """
-    tools = value.get("tools")
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools) if tools.strip() else None
-        except (ValueError, RecursionError) as error:
-            raise RowError("bad_tools", f"`tools` is text, but not valid JSON: {error}") from error
-    if not tools:
-        return ()
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise RowError("bad_tools", f"`tools` is {_kind(tools)}, a list of objects (or JSON text of one) is expected")
-    return tuple(tools)
-
-
 def expect_object(value: Any, *, what: str = "the row") -> Mapping[str, Any]:
     """``value`` as a mapping from field to value.
 
@@ -136,7 +137,7 @@ def expect_object(value: Any, *, what: str = "the row") -> Mapping[str, Any]:
         RowError: ``not_an_object``.
     """
     if not isinstance(value, dict):
-        raise RowError("not_an_object", f"{what} is {_kind(value)}, an object with fields is expected")
+        raise RowError("not_an_object", f"{what} is {kind(value)}, an object with fields is expected")
     return value
 
 
@@ -150,7 +151,7 @@ def expect_list(value: Mapping[str, Any], name: str) -> list[Any]:
     if isinstance(found, list):
         return found
     cause = "; perhaps the file is CSV, which can't hold lists: use JSON lines" if isinstance(found, str) else ""
-    raise RowError("wrong_type", f"`{name}` is {_kind(found)}, a list is expected{cause}")
+    raise RowError("wrong_type", f"`{name}` is {kind(found)}, a list is expected{cause}")
 
 
 def list_fields(value: Mapping[str, Any]) -> str:
@@ -158,7 +159,8 @@ def list_fields(value: Mapping[str, Any]) -> str:
     return ", ".join(f"`{name}`" for name in value) or "none"
 
 
-def _kind(value: Any) -> str:
+def kind(value: Any) -> str:
+    """What a value is, in a word or two."""
     if value is None:
         return "null"
     if isinstance(value, bool):

@@ -1,9 +1,13 @@
-"""messages: `messages`, a list of {role, content} with the roles system, user, assistant and tool; `tools` optional."""
+"""messages: `messages`, a list of {role, content} as OpenAI's; `tools` optional.
+
+An answer may have `tool_calls`, `reasoning_content`, and a `weight` (or `train`) of 0 that leaves it as context.
+"""
 
 from __future__ import annotations
 
-from truetune.data.formats.checks import check_answers, expect_object, parse_tools
-from truetune.data.formats.turns import MESSAGES_ROLES, parse_turns
+from truetune.data.formats.checks import check_answers, expect_object, system_message
+from truetune.data.formats.tool_calls import parse_tools
+from truetune.data.formats.turns import parse_turns
 from truetune.data.schema import RawRow, Row
 
 NAME = "messages"
@@ -22,6 +26,6 @@ def parse(raw: RawRow) -> Row:
         RowError: any of the reasons of ``parse_turns``, ``check_answers`` and ``parse_tools``.
     """
     value = expect_object(raw.value)
-    messages = parse_turns(value, "messages", role_key="role", text_key="content", roles=MESSAGES_ROLES)
+    messages = [*system_message(value), *parse_turns(value, "messages")]
     check_answers(messages)
     return Row(raw.origin, messages=tuple(messages), tools=parse_tools(value))

@@ -5,17 +5,19 @@ A `function_call` is a turn of the assistant and is learned like any answer; wha
 
 from __future__ import annotations
 
-from truetune.data.formats.checks import check_answers, expect_object, optional_text, parse_tools
-from truetune.data.formats.turns import SHAREGPT_ROLES, parse_turns
-from truetune.data.schema import Message, RawRow, Row
+from truetune.data.formats.checks import check_answers, expect_object, system_message
+from truetune.data.formats.tool_calls import parse_tools
+from truetune.data.formats.turns import parse_turns
+from truetune.data.schema import RawRow, Row
 
 NAME = "sharegpt"
 COLUMNS = "conversations (a list of from, value), tools (optional), system (optional)"
+LISTS = ("conversations", "conversation")
 
 
 def fits(columns: set[str]) -> bool:
     """Whether a row with these fields is meant to be of this format."""
-    return "conversations" in columns
+    return not columns.isdisjoint(LISTS)
 
 
 def parse(raw: RawRow) -> Row:
@@ -25,8 +27,7 @@ def parse(raw: RawRow) -> Row:
         RowError: any of the reasons of ``parse_turns``, ``check_answers`` and ``parse_tools``.
     """
     value = expect_object(raw.value)
-    system = optional_text(value, "system")
-    messages = [Message("system", system)] if system else []
-    messages += parse_turns(value, "conversations", role_key="from", text_key="value", roles=SHAREGPT_ROLES)
+    column = "conversation" if "conversation" in value and "conversations" not in value else "conversations"
+    messages = [*system_message(value), *parse_turns(value, column)]
     check_answers(messages)
     return Row(raw.origin, messages=tuple(messages), tools=parse_tools(value))

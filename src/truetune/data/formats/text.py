@@ -6,23 +6,28 @@ from truetune.data.formats.checks import RowError, expect_object, text_field
 from truetune.data.schema import RawRow, Row
 
 NAME = "text"
-COLUMNS = "text"
+FIELDS = ("text", "content", "quote")
+COLUMNS = "; or ".join(FIELDS)
 
 
 def fits(columns: set[str]) -> bool:
     """Whether a row with these fields is meant to be of this format."""
-    return "text" in columns
+    return not columns.isdisjoint(FIELDS)
 
 
 def parse(raw: RawRow) -> Row:
     """A row without messages.
 
     Raises:
-        RowError: ``not_an_object``, ``missing_field``, ``wrong_type``, ``empty_text``.
+        RowError: ``not_an_object``, ``missing_field``, ``wrong_type``, ``empty_text``, ``ambiguous``.
     """
-    text = text_field(expect_object(raw.value), "text")
+    value = expect_object(raw.value)
+    there = [name for name in FIELDS if value.get(name) is not None] or [n for n in FIELDS if n in value] or ["text"]
+    if len(there) > 1:
+        either = " or ".join(f"`{name}`" for name in there)
+        raise RowError("ambiguous", f"{either}: --columns says which is the text, as in --columns text={there[1]}")
+    text = text_field(value, there[0])
     if not text.strip():
-        raise RowError(
-            "empty_text", f"`text` {'holds white space only' if text else 'is empty'}: nothing to learn from"
-        )
+        found = "holds white space only" if text else "is empty"
+        raise RowError("empty_text", f"`{there[0]}` {found}: nothing to learn from")
     return Row(raw.origin, text=text)

@@ -1,0 +1,1 @@
+"""Tokenising, masking and packing beside ``datasets``; see ``bench/README.md``."""

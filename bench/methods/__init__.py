@@ -1,0 +1,1 @@
+"""Every tuning method beside PEFT's: ``python -m bench.methods``. See ``bench/README.md``."""

@@ -1,0 +1,61 @@
+"""What a row brings beside its questions and answers (reasoning, tools, system messages) is kept, dropped, or refused.
+
+Which of the three is always the user's word. Kept is the default; a template that has no place for what is kept makes
+the row a reject.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from truetune.data.formats.checks import RowError, check_answers
+from truetune.data.schema import Message, Row
+
+Policy = Literal["keep", "drop", "error"]
+
+_THOUGHTS = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Policies:
+    """One policy for each kind of thing."""
+
+    thinking: Policy = "keep"
+    tools: Policy = "keep"
+    system_messages: Policy = "keep"
+
+    def apply(self, row: Row) -> Row:
+        """The row without what is dropped; the very same row where nothing is.
+
+        Raises:
+            RowError: ``thinking``, ``tools`` or ``system``: it brings what the user does not want;
+                ``empty_output``: nothing but reasoning was in an answer.
+        """
+        if self.thinking != "keep" and any(map(_thinks, row.messages)):
+            _refuse(self.thinking, "thinking", "an answer brings its reasoning", "--thinking")
+            row = replace(row, messages=tuple(map(_without_thoughts, row.messages)))
+            check_answers(row.messages)
+        if self.tools != "keep" and row.tools:
+            _refuse(self.tools, "tools", f"the row brings {len(row.tools)} tools", "--tools")
+            row = replace(row, tools=())
+        if self.system_messages != "keep" and any(message.role == "system" for message in row.messages):
+            _refuse(self.system_messages, "system", "the row brings a system message", "--system-messages")
+            row = replace(row, messages=tuple(message for message in row.messages if message.role != "system"))
+        return row
+
+
+def _refuse(policy: Policy, reason: str, found: str, flag: str) -> None:
+    if policy == "error":
+        raise RowError(reason, f"{found} ({flag} error; keep and drop are the other two)")
+
+
+def _thinks(message: Message) -> bool:
+    return message.role == "assistant" and bool(message.reasoning or _THOUGHTS.match(message.content))
+
+
+def _without_thoughts(message: Message) -> Message:
+    if not _thinks(message):
+        return message
+    return replace(message, reasoning="", content=_THOUGHTS.sub("", message.content, count=1))

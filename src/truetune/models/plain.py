@@ -1,0 +1,54 @@
+"""Models as their other users load them: by transformers alone, or with PEFT, and nothing of ours in between."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from truetune.errors import ConfigError
+from truetune.models.load import explained, quiet
+
+
+def load_plain(folder: Path, *, device: str) -> tuple[Any, list[str]]:
+    """``AutoModelForCausalLM.from_pretrained``, in the dtype that is stored.
+
+    Returns:
+        The model in ``eval`` mode, and what the library reports and goes on without: ``missing lm_head.weight``, ….
+    Raises:
+        ModelError: it does not load.
+    """
+    with explained(str(folder)), quiet():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype="auto", local_files_only=True, trust_remote_code=False, output_loading_info=True
+        )
+    kinds = ("missing", "unexpected", "mismatched")
+    faults = [f"{kind} {key}" for kind in kinds for key in sorted(map(str, info.get(f"{kind}_keys", ())))]
+    return model.to(device).eval(), faults
+
+
+def load_by_peft(base: Path, adapter: Path, *, dtype: torch.dtype, device: str) -> Any:
+    """``PeftModel.from_pretrained`` on the base, in ``eval`` mode.
+
+    Raises:
+        ConfigError: PEFT is not installed.
+        ModelError: the base or the adapter does not load.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise ConfigError("--against peft: PEFT is not installed here", ("way out", "pip install peft"))
+    peft = importlib.import_module("peft")  # for this comparison alone: nothing of the product depends on it
+    with explained(str(adapter)), quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its advice is for who trains with it
+        model = AutoModelForCausalLM.from_pretrained(str(base), dtype=dtype, local_files_only=True)
+        return peft.PeftModel.from_pretrained(model, str(adapter)).to(device).eval()
+
+
+def own_stops(model: Any) -> frozenset[int]:
+    """The tokens that end an answer when nobody names any: those of the model's generation settings."""
+    stops = getattr(model.generation_config, "eos_token_id", None)
+    return frozenset(stops if isinstance(stops, list) else [] if stops is None else [stops])

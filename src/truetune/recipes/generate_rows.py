@@ -1,0 +1,187 @@
+"""``truetune generate --input``: the rows of a file and their answers, as many as there are at a time.
+
+Rows are written as they are done, each in one line with its number in the input; a run that was cut short is gone on
+with by the same command.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from truetune.config.generate import GenerateConfig
+from truetune.data.schema import Message
+from truetune.errors import DataError, OutputError, StoppedError
+from truetune.generate.engine import Engine
+from truetune.generate.request import Handle
+from truetune.train.log import Screen, whole_rows
+from truetune.train.stop import StopRequest
+
+if TYPE_CHECKING:
+    from truetune.recipes.generate import Speaker
+
+
+@dataclass(frozen=True)
+class Job:
+    """A row to answer."""
+
+    number: int  # from 1, as an editor counts lines
+    row: dict[str, Any]
+
+    @property
+    def turns(self) -> list[Message]:
+        """Its conversation."""
+        if "prompt" in self.row:
+            text = self.row["prompt"]
+            return [Message("user", text, instruction=text, input="")]
+        return [Message(turn["role"], turn["content"]) for turn in self.row["messages"]]
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """What there is to do."""
+
+    todo: list[Job]
+    total: int
+    output: Path
+
+
+def read(path: Path, output: Path) -> Jobs:
+    """The rows of ``path`` that ``output`` lacks.
+
+    Raises:
+        DataError: no such file, nothing in it, or a row that is no prompt; named by file and row.
+        OutputError: ``output`` holds something else than answers to these rows.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--input: {path} can't be read: {error}") from None
+    jobs = [_job(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not jobs:
+        raise DataError(f"--input: {path} has no rows", ("expected", '{"prompt": "…"} in each line'))
+    done = _done(output, {job.number: job for job in jobs})
+    return Jobs([job for job in jobs if job.number not in done], len(jobs), output)
+
+
+def _job(path: Path, number: int, line: str) -> Job:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{path}, row {number}: not valid JSON: {error}") from None
+    if not isinstance(row, dict) or not (isinstance(row.get("prompt"), str) or _is_conversation(row.get("messages"))):
+        raise DataError(
+            f"{path}, row {number}: no prompt",
+            ("expected", '{"prompt": "…"}, or {"messages": [{"role": "user", "content": "…"}]}'),
+        )
+    return Job(number, row)
+
+
+def _is_conversation(value: Any) -> bool:
+    return (
+        bool(value)
+        and isinstance(value, list)
+        and all(
+            isinstance(t, dict) and isinstance(t.get("role"), str) and isinstance(t.get("content"), str) for t in value
+        )
+    )
+
+
+def _done(output: Path, jobs: dict[int, Job]) -> set[int]:
+    """The numbers of the rows that are answered; a line cut short by a kill is taken off the file."""
+    kept = whole_rows(output)
+    done = set()
+    for line in kept:
+        try:
+            found = json.loads(line)
+            job = jobs[found["row"]]
+            same = all(found.get(key) == value for key, value in job.row.items())
+        except (ValueError, KeyError, TypeError):
+            same = False
+        if not same:
+            raise OutputError(
+                f"--output: {output} holds something else than answers to these rows",
+                ("way out", "another --output, or remove it"),
+            )
+        done.add(found["row"])
+    if output.exists() and output.stat().st_size != sum(len(line.encode()) for line in kept):
+        output.write_text("".join(kept), encoding="utf-8")
+    return done
+
+
+def run(config: GenerateConfig, jobs: Jobs, speaker: Speaker, screen: Screen) -> dict[str, Any]:
+    """Answer what is left to do.
+
+    Raises:
+        StoppedError: a signal came; what was done is in the file.
+        OutputError: the file can't be written.
+    """
+    from truetune.recipes.generate import engine_of
+
+    kept = jobs.total - len(jobs.todo)
+    screen.say("rows", f"{jobs.total:,} rows" + (f" · {kept:,} answered before" if kept else ""))
+    engine, began, tokens = engine_of(config, speaker, rows=config.rows), time.perf_counter(), 0
+    failed, done = 0, 0
+    try:
+        jobs.output.parent.mkdir(parents=True, exist_ok=True)
+        with jobs.output.open("a", encoding="utf-8") as file, screen.bar("answering") as bar, StopRequest() as stop:
+            for job, answer in _answered(config, jobs.todo, speaker, engine):
+                failed += "error" in answer
+                tokens, done = tokens + answer["new_tokens"], done + 1
+                file.write(json.dumps({"row": job.number, **job.row, **answer}, ensure_ascii=False) + "\n")
+                file.flush()
+                bar(kept + done, jobs.total)
+                if stop.signal is not None:
+                    raise StoppedError(
+                        stop.signal, f"stopped with {kept + done:,} of {jobs.total:,} rows answered",
+                        ("way out", "the same command goes on where it stopped"),
+                    )  # fmt: skip
+    except OSError as error:
+        raise OutputError(f"--output: {jobs.output} can't be written: {error}") from None
+    speed = round(tokens / max(time.perf_counter() - began, 1e-9), 2)
+    screen.say("done", f"{jobs.output}: {done:,} rows, {tokens:,} tokens · {speed:,.1f} tok/s")
+    if failed:
+        screen.warn(f"{failed:,} rows have an error in place of an answer")
+    return {"output": str(jobs.output), "rows": jobs.total, "answered": done, "kept": kept, "failed": failed,
+            "new_tokens": tokens, "tok_s": speed}  # fmt: skip
+
+
+def _answered(
+    config: GenerateConfig, todo: list[Job], speaker: Speaker, engine: Engine
+) -> Iterator[tuple[Job, dict[str, Any]]]:
+    """Rows as they are done, with what is written beside them; no more are asked for than are computed together."""
+    from truetune.errors import TruetuneError
+    from truetune.recipes.generate import check_prompt, request_for
+
+    waiting, open_ = iter(todo), list[tuple[Job, Handle, dict[str, Any]]]()
+    while True:
+        while len(open_) < 2 * config.rows and (job := next(waiting, None)) is not None:
+            try:
+                ids = speaker.conversation_ids(job.turns, config.system)
+                check_prompt(ids, speaker, f"row {job.number}")
+                answer: dict[str, Any] = {"answer": "", "new_tokens": 0, "stopped": False, "prompt_tokens": len(ids)}
+                open_.append((job, engine.submit(request_for(config, speaker, ids), on_delta=_into(answer)), answer))
+            except TruetuneError as error:
+                yield job, {"answer": "", "new_tokens": 0, "stopped": False, "error": error.message}
+        if not open_:
+            return
+        engine.step()
+        ended = [entry for entry in open_ if entry[2].pop("ended", False)]
+        open_ = [entry for entry in open_ if entry not in ended]
+        yield from ((job, answer) for job, _, answer in ended)
+
+
+def _into(answer: dict[str, Any]) -> Any:
+    def add(delta: Any) -> None:
+        answer["answer"] += delta.text
+        answer["new_tokens"] += len(delta.ids)
+        if delta.finish is not None:
+            answer["stopped"], answer["ended"] = delta.finish == "stop", True
+            if delta.error:
+                answer["error"] = delta.error
+
+    return add
