@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,20 @@ from torch import nn
 
 from truetune.adapters import files
 from truetune.adapters import inject as _inject
+from truetune.adapters import vocabulary as _vocabulary
+from truetune.adapters.bank import Bank, bank_of
 from truetune.config.adapter import AdapterConfig
 from truetune.config.merge import MergeConfig
 from truetune.config.quant import QuantGroup
 from truetune.config.quantize import QuantizeConfig
 from truetune.config.resolve import resolve
 from truetune.config.sft import SFTConfig
+from truetune.errors import AdapterError
 from truetune.models import load as _load
 from truetune.models.precision import choose_device, choose_precision
+from truetune.models.tokenizer import ChatTokenizer
 from truetune.recipes.adapter import base_name, check_base, describe_base
+from truetune.train.log import Screen
 
 
 def load(
@@ -48,14 +54,50 @@ def load(
     )
 
 
+def add_tokens(model: nn.Module, tokenizer: Any, tokens: Sequence[str]) -> list[int]:
+    """Add tokens to a tokenizer of transformers, and rows for them to a model where it has none to spare.
+
+    ``attach(model, LoRA(token_rows=ids))`` then trains their rows, which start at the mean of those that were there.
+
+    Returns:
+        The ids, in the order of ``tokens``; tokens that the tokenizer has already keep theirs.
+    Raises:
+        truetune.errors.AdapterError: the model carries an adapter, or its embedding table can't be made larger.
+    """
+    if _inject.attachment(model) is not None or bank_of(model) is not None:
+        raise AdapterError("the model carries an adapter", ("way out", "add the tokens first, and then attach"))
+    wrapped = ChatTokenizer(tokenizer)
+    size, known = _vocabulary.rows_of_table(model), len(tokenizer)
+    added = wrapped.add([token for token in dict.fromkeys(tokens) if not wrapped.has_token(token)])
+    if added:
+        after = max(size, *(number + 1 for number in added.values()))
+        before = _vocabulary.new_tokens(model)
+        together = {**(before.ids if before else {}), **added}
+        first = (before.known, before.before) if before else (min(known, size), size)
+        _vocabulary.admit(model, _vocabulary.NewTokens(together, *first, after))
+    return [wrapped.id_of(token) or 0 for token in tokens]
+
+
 def attach(model: nn.Module, config: AdapterConfig, *, seed: int = 0) -> _inject.Attachment:
     """Freeze a model and put a method's adapters on it (``truetune.LoRA``, ``IA3``, …); returns what was wrapped."""
     return _inject.attach(model, config, seed=seed)
 
 
-def detach(model: nn.Module) -> None:
-    """Take the adapters out again."""
-    _inject.detach(model)
+def detach(model: nn.Module, *, name: str | None = None) -> None:
+    """Take the adapters out again; the base is as it was.
+
+    Args:
+        name: of the one that goes, of several that were loaded by name; the others stay.
+    Raises:
+        truetune.errors.AdapterError: there is no adapter of that name.
+    """
+    bank = bank_of(model)
+    if name is not None:
+        (bank or Bank(model)).remove(name)
+    elif bank is not None:
+        bank.clear()
+    else:
+        _inject.detach(model)
 
 
 def trainable(model: nn.Module) -> dict[str, int]:
@@ -75,9 +117,14 @@ def save_adapter(model: nn.Module, folder: str, *, base: str | None = None) -> N
     files.save(model, Path(folder), base=base_name(origin) if origin else None, card=card)
 
 
-def load_adapter(model: nn.Module, folder: str, *, allow_other_base: bool = False) -> None:
-    """Attach the adapter in ``folder``: ours or PEFT's.
+def load_adapter(model: nn.Module, folder: str, *, name: str = "default", allow_other_base: bool = False) -> None:
+    """Load the adapter in ``folder``, ours or PEFT's, and compute with it.
 
+    For tokens that the adapter brings, the embedding table and the head grow, which is said on standard error; such an
+    adapter is alone on its model.
+
+    Args:
+        name: tells it from others on the same model; ``set_adapter`` switches between them.
     Raises:
         truetune.errors.AdapterError: any tensor missing, extra or misshaped, or another base; all named at once.
     """
@@ -85,8 +132,52 @@ def load_adapter(model: nn.Module, folder: str, *, allow_other_base: bool = Fals
     config = getattr(model, "config", None)
     if origin := getattr(config, "_name_or_path", ""):
         found = _load.known_copy(origin, revision=getattr(config, "_commit_hash", None))
-        check_base(file, origin, found, allow_other=allow_other_base)
-    files.load(model, file)
+        check_base(file, origin, found, allowed={"base"} if allow_other_base else ())
+    bank = bank_of(model)
+    if bank is None and files.brings_rows(model, file):  # alone: adapters of one model share its vocabulary
+        before = _vocabulary.rows_of_table(model)
+        files.load(model, file)
+        Screen().note(
+            f"the embedding table grew from {before:,} to {_vocabulary.rows_of_table(model):,} rows for {folder}"
+        )
+        return
+    bank = bank or Bank(model)
+    bank.add(name, file)
+    bank.use(name)
+
+
+def set_adapter(model: nn.Module, names: str | Sequence[str] | None, *, weights: Sequence[float] | None = None) -> None:
+    """Compute with one of the adapters that were loaded, with the sum of several, or with the bare base (``None``).
+
+    Switching to one copies no weight. A sum is defined for methods that add to what layers make: LoRA, AdaLoRA, VeRA,
+    and parts of the base that were trained in full.
+
+    Args:
+        weights: what the contribution of each is multiplied by; 1 by default.
+    Raises:
+        truetune.errors.AdapterError: no adapter of that name, or a method that has no sum, with the reason.
+    """
+    bank = bank_of(model)
+    if bank is None and names:
+        bank = Bank(model)
+    if bank is not None:
+        bank.use(names, weights)
+
+
+def list_adapters(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """The adapters on a model: name → method, layers, parameters, and the weight it is in use with (None: it is not).
+
+    One that was attached for training is called ``default``.
+    """
+    bank, attached = bank_of(model), _inject.attachment(model)
+    if bank is not None:
+        return bank.described()
+    if attached is None:
+        return {}
+    count = sum(trainable(model).values())
+    return {
+        "default": {"method": attached.config.kind, "layers": len(attached.sites), "parameters": count, "weight": 1.0}
+    }
 
 
 def sft(config: SFTConfig) -> dict[str, Any]:
@@ -97,11 +188,17 @@ def sft(config: SFTConfig) -> dict[str, Any]:
     return run(resolve(SFTConfig, file=None, flags=flags))
 
 
-def merge(model: str, adapter: str, out: str, **settings: Any) -> dict[str, Any]:
-    """The same merge that ``truetune merge`` makes."""
+def merge(model: str | None, adapter: str | Sequence[str], out: str, **settings: Any) -> dict[str, Any]:
+    """The same merge that ``truetune merge`` makes: into the base, or with ``to="adapter"`` of adapters into one.
+
+    Args:
+        adapter: a folder, or several, each with its weight: ``["a=0.7", "b=0.3"]``.
+        settings: ``combine="cat"`` and the others of the command.
+    """
     from truetune.recipes.merge import run
 
-    return run(resolve(MergeConfig, file=None, flags={"model": model, "adapter": adapter, "out": out, **settings}))
+    flags: dict[str, Any] = {"adapter": adapter, "out": out} | ({} if model is None else {"model": model})
+    return run(resolve(MergeConfig, file=None, flags=flags | settings))
 
 
 def quantize(model: str, out: str, **settings: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -13,11 +14,17 @@ from transformers import PreTrainedModel
 from families import FAMILIES, distance, logits, perturb
 from method_checks import CLOSE, EACH, base, check, merged
 from peft_peer import read_by_peft, saved_by_peft, theirs, trained_by
+from step_models import rows
 from truetune.adapters import files
 from truetune.adapters.ia3 import IA3Linear
 from truetune.adapters.inject import adapters, attach
 from truetune.config.other_methods import IA3
+from truetune.data.plan import StepPlan
 from truetune.errors import AdapterError
+from truetune.models.forward import Path as Way
+from truetune.models.forward import prepared
+from truetune.models.fused import Recompute
+from truetune.models.survey import survey
 
 
 @pytest.mark.parametrize(("name", "form"), EACH)
@@ -143,3 +150,40 @@ def test_what_can_not_be_scaled_is_refused_by_name(settings: IA3, message: str) 
 def test_a_file_without_feedforward_modules_is_refused_by_the_field(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="feedforward_modules = None"):
         _ = files.AdapterFile(tmp_path, {"peft_type": "IA3", "target_modules": ["k_proj"]}, {}, {}).settings
+
+
+# --- a layer of fused parts ---------------------------------------------------------------------------------------
+
+FUSED = [
+    (IA3(), {}),
+    (IA3(), {"attention_bias": True, "mlp_bias": True}),
+    (IA3(targets=("all-linear",), feedforward=("down_proj",)), {"mlp_bias": True}),
+    (IA3(targets=("q_proj", "o_proj", "down_proj"), feedforward=(r".*layers\.1\.mlp\.down_proj",)), {}),
+]
+
+
+@pytest.mark.parametrize(("settings", "shape"), FUSED, ids=["usual", "biases", "all", "one of a name"])
+@pytest.mark.parametrize("again", ["none", "cheap", "full"])
+def test_a_fused_step_is_the_step_of_the_layers_themselves(
+    settings: IA3, shape: dict[str, Any], again: Recompute
+) -> None:
+    model = FAMILIES["llama"].make(**shape)
+    attach(model, settings)
+    perturb(model)
+    found = survey(model)
+    assert len(found.fusable) == 2
+    plan = StepPlan.build(rows(), batch_size=4, micro_tokens=200, packing=True, seed=0, epochs=1, max_steps=None)
+    steps = []
+    for fused in (True, False):
+        way = Way(model, found, packing=True)
+        with prepared(way, recompute=again, fused=fused):
+            loss = torch.stack([way.loss(batch) for batch in plan.micro_batches(0)]).sum()
+            loss.backward()  # type: ignore[no-untyped-call]
+        steps.append((loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+        model.zero_grad(set_to_none=True)
+    (one, gradients), (other, expected) = steps
+    torch.testing.assert_close(one, other)
+    assert gradients.keys() == expected.keys()
+    assert len(gradients) == sum(p.requires_grad for p in model.parameters())
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-4)

@@ -83,7 +83,7 @@ def test_a_value_of_the_wrong_type_is_refused(capsys: pytest.CaptureFixture[str]
         ("sft", ["--model", "--data"]),
         ("pretrain", ["--model", "--data"]),
         ("merge", ["--model", "--adapter", "--out"]),
-        ("generate", ["--model", "--prompt"]),
+        ("generate", ["--model"]),
         ("quantize", ["--path", "--out"]),
     ],
 )
@@ -132,8 +132,8 @@ def test_the_spellings_of_other_tools_are_understood(alias: str, field: str) -> 
 
 
 def test_a_prompt_may_be_a_dash_or_start_with_one() -> None:
-    assert parsed("--prompt", "-", config=GenerateConfig) == {"prompt": "-"}
-    assert parsed("--prompt=--why?", config=GenerateConfig) == {"prompt": "--why?"}
+    assert parsed("--prompt", "-", config=GenerateConfig) == {"prompt": ["-"]}
+    assert parsed("--prompt=--why?", config=GenerateConfig) == {"prompt": ["--why?"]}
 
 
 def test_a_path_may_be_given_with_or_without_its_flag() -> None:

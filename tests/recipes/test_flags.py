@@ -17,10 +17,11 @@ from truetune.config.generate import GenerateConfig
 from truetune.config.merge import MergeConfig
 from truetune.config.methods import METHODS
 from truetune.config.options import Options, option
+from truetune.config.preview import PreviewConfig
 from truetune.config.resolve import resolve
 from truetune.config.sft import PretrainConfig, SFTConfig
 from truetune.errors import TruetuneError
-from truetune.recipes import generate, merge, pretrain, sft
+from truetune.recipes import generate, merge, pretrain, preview, sft
 
 Seen = dict[str, Any]
 Look = Callable[[Mapping[str, Any]], Seen]
@@ -39,6 +40,8 @@ def place(
         path.write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
         return str(path)
 
+    said = (("system", "Be brief."), ("user", "Add."), ("assistant", "<think>Hm.</think>It is 2."))
+    chats = [{"messages": [{"role": role, "content": text + "!" * n} for role, text in said]} for n in range(4)]
     made = {
         "MODEL": str(tiny_model),
         "OTHER": str(make_tiny(folder / "other", rope_theta=100.0, num_hidden_layers=1)),
@@ -49,8 +52,12 @@ def place(
         "TEXT": lines("text.jsonl", [{"text": "the quick brown fox " * n} for n in range(2, 12)]),
         "MORE": lines("more.jsonl", [{"text": "jumps over " * n} for n in range(2, 12)]),
         "BAD_TEXT": lines("bad_text.jsonl", [{"text": "the quick brown fox " * 9}, {"text": ""}]),
+        "CHATS": lines("chats.jsonl", [chat | {"tools": []} for chat in chats]),
+        "TOOLS": lines("tools.jsonl", [chat | {"tools": [{"name": "clock"}]} for chat in chats]),
+        "REGISTRY": str(folder / "data.yaml"),
         "OUT": str(folder / "free"),
     }
+    (folder / "data.yaml").write_text("mine: few.jsonl\n", encoding="utf-8")
     for name, seed in (("ADAPTER", 1), ("ADAPTER_2", 2)):
         out = folder / name.lower()
         settings = {"model": made["MODEL"], "data": made["ROWS"], "max_steps": 2, "lr": 0.1, "rank": 2, "seed": seed}
@@ -60,7 +67,12 @@ def place(
 
 
 def filled(settings: Mapping[str, Any], place: Mapping[str, str]) -> dict[str, Any]:
-    return {key: place.get(value, value) if isinstance(value, str) else value for key, value in settings.items()}
+    def real(value: Any) -> Any:
+        if isinstance(value, list):
+            return [real(item) for item in value]
+        return place.get(value, value) if isinstance(value, str) else value
+
+    return {key: real(value) for key, value in settings.items()}
 
 
 def look_at_run(command: Any, config: type[Options], folder: Path, settings: Mapping[str, Any]) -> Seen:
@@ -107,13 +119,19 @@ TRAIN: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "val_data": ({}, HELD, "log"),
     "max_bad_rows": ({"data": "BAD"}, {"max_bad_rows": 1}, "refused"),
     "data": ({}, {"data": "FEW"}, "report"),
+    "registry": ({"data": "mine"}, {"registry": "REGISTRY"}, "refused"),
+    "columns": ({}, {"columns": ["output=instruction", "instruction=output"]}, "report"),
+    "fim_rate": ({}, {"fim_rate": 0.5}, "refused"),
     "method": ({}, {"method": "full"}, "files"),
+    "adapter": ({}, {"adapter": "ADAPTER"}, "log"),
     "rank": ({}, {"rank": 3}, "shapes"),
     "alpha": ({}, {"alpha": 3.0}, "log"),
     "dropout": ({}, {"dropout": 0.5}, "log"),
     "targets": ({}, {"targets": ["q_proj"]}, "shapes"),
     "use_rslora": ({}, {"use_rslora": True}, "log"),
     "trainable": ({}, {"trainable": ["norm"]}, "shapes"),
+    "token_rows": ({}, {"token_rows": [5, 6]}, "shapes"),
+    "new_tokens": ({}, {"new_tokens": ["It is"]}, "shapes"),
     "quant": ({}, {"quant": "nf4"}, "log"),
     "double_quant": ({"quant": "nf4"}, {"double_quant": True}, "log"),
     "quant_skip": ({"quant": "nf4"}, {"quant_skip": ["q_proj"]}, "log"),
@@ -141,6 +159,7 @@ TRAIN: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "projection": ({"method": "prefix"}, {"projection": True}, "tensors"),
     "adapter_length": ({"method": "llama-adapter", "adapter_layers": 1}, {"adapter_length": 3}, "shapes"),
     "adapter_layers": ({"method": "llama-adapter", "adapter_layers": 1}, {"adapter_layers": 2}, "shapes"),
+    "gates": ({"method": "llama-adapter", "adapter_layers": 1}, {"gates": "head"}, "shapes"),
     "placement": ({"method": "bottleneck"}, {"placement": "houlsby"}, "shapes"),
     "reduction": ({"method": "bottleneck"}, {"reduction": 4.0}, "shapes"),
     "activation": ({"method": "bottleneck"}, {"activation": "silu"}, "tensors"),
@@ -170,6 +189,8 @@ TRAIN: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "keep": ({"save_every": 1}, {"keep": 1}, "files"),
     "select": (WILD, {"select": "best"}, "tensors"),
     "resume": ({"out": "RUN", "max_steps": 2}, {"resume": "nowhere"}, "refused"),
+    "verify": ({}, {"verify": True}, "files"),
+    "verify_prompts": ({}, {"verify_prompts": 0}, "files"),
     "log_every": ({}, {"log_every": 2}, "log"),
     "dry_run": ({}, {"dry_run": True}, "files"),
 }
@@ -179,6 +200,9 @@ SFT = TRAIN | {
     "system": ({}, {"system": "Be short."}, "report"),
     "on_overlong": ({"max_length": 65}, {"on_overlong": "truncate"}, "report"),
     "train_on": ({}, {"train_on": "all"}, "report"),
+    "thinking": ({"data": "CHATS"}, {"thinking": "drop"}, "report"),
+    "tools": ({"data": "TOOLS"}, {"tools": "drop"}, "refused"),
+    "system_messages": ({"data": "CHATS"}, {"system_messages": "drop"}, "report"),
 }
 PRETRAIN = TRAIN | {
     "max_length": ({}, {"max_length": 50}, "report"),
@@ -200,6 +224,7 @@ GENERATE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "dtype": ({}, {"dtype": "float16"}, "refused"),
     "device": ({}, {"device": "cuda"}, "refused"),
     "allow_other_base": ({"model": "COPY", "adapter": "ADAPTER"}, {"allow_other_base": True}, "refused"),
+    "allow_mismatch": ({"model": "COPY", "adapter": "ADAPTER"}, {"allow_mismatch": "base"}, "refused"),
     "prompt": ({}, {"prompt": "Another one"}, "text"),
     "system": ({}, {"system": "Be short."}, "prompt_tokens"),
     "template": ({}, {"template": "none"}, "prompt_tokens"),
@@ -207,17 +232,34 @@ GENERATE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "temperature": ({}, {"temperature": 3.0}, "text"),
     "top_p": ({"temperature": 3.0}, {"top_p": 0.01}, "text"),
     "seed": ({"temperature": 3.0}, {"seed": 1}, "text"),
+    "top_k": ({"temperature": 3.0}, {"top_k": 1}, "text"),
+    "min_p": ({"temperature": 3.0}, {"min_p": 1.0}, "text"),
+    "repetition_penalty": ({}, {"repetition_penalty": 0.001}, "text"),
+    "presence_penalty": ({}, {"presence_penalty": -99.0}, "text"),
+    "frequency_penalty": ({}, {"frequency_penalty": -99.0}, "text"),
+    "stop": ({}, {"stop": [*"abcdefghijklmnopqrstuvwxyz "]}, "stopped"),
+    "input": ({}, {"input": "FEW"}, "refused"),
+    "output": ({}, {"output": "OUT"}, "refused"),
+    "rows": ({}, {"rows": -1}, "refused"),
     "quant": ({}, {"quant": "fp4"}, "text"),
     "double_quant": ({"quant": "int8"}, {"double_quant": True}, "refused"),
     "quant_skip": ({"quant": "nf4"}, {"quant_skip": ["x"]}, "refused"),
 }
+SEVERAL = {"adapter": ["ADAPTER", "ADAPTER_2"]}
 MERGE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "model": ({}, {"model": "COPY"}, "refused"),
     "revision": ({}, {"revision": "main"}, "refused"),
     "adapter": ({}, {"adapter": "ADAPTER_2"}, "tensors"),
+    "to": ({}, {"to": "adapter"}, "files"),
+    "combine": (SEVERAL, {"combine": "linear"}, "tensors"),
+    "rank": (SEVERAL | {"combine": "svd"}, {"rank": 1}, "tensors"),
+    "density": (SEVERAL | {"combine": "ties"}, {"density": 0.1}, "tensors"),
+    "seed": (SEVERAL | {"combine": "dare-linear"}, {"seed": 1}, "tensors"),
     "out": ({}, {"out": "OUT_2"}, "where"),
     "max_shard_gb": ({}, {"max_shard_gb": 2e-5}, "files"),
     "allow_other_base": ({"model": "COPY"}, {"allow_other_base": True}, "refused"),
+    "allow_mismatch": ({"model": "COPY"}, {"allow_mismatch": "base"}, "refused"),
+    "verify": ({}, {"verify": True}, "verdict"),
     "onto": ({}, {"onto": "dequantized"}, "refused"),
     "quant": ({}, {"quant": "nf4"}, "tensors"),
     "double_quant": ({"quant": "nf4"}, {"double_quant": True}, "tensors"),
@@ -325,11 +367,39 @@ def test_every_merge_setting_does_something(field: str, place: dict[str, str], t
         ready = {"out": str(default), **filled(settings, names)}
         out = Path(ready["out"])
         try:
-            merge.run(resolve(MergeConfig, file=None, flags=ready))
+            result = merge.run(resolve(MergeConfig, file=None, flags=ready))
         except TruetuneError as error:
             return {"refused": error.message}
         tensors = {k: v.sum().item() for path in out.glob("*.safetensors") for k, v in load_file(path).items()}
         files = sorted(path.name for path in out.iterdir())
-        return {"refused": None, "where": out != default, "files": files, "tensors": tensors}
+        verdict = result.get("verify")
+        return {"refused": None, "where": out != default, "files": files, "tensors": tensors, "verdict": verdict}
 
     compare(MERGE[field], {"model": "MODEL", "adapter": "ADAPTER"}, look)
+
+
+# What preview shares with sft is tried by sft's rows; here is what those would not show.
+PREVIEW: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "model": ({}, {"model": "nowhere"}),
+    "seed": ({"batch_size": 4, "micro_tokens": 200}, {"seed": 1}),
+    "batch_size": ({"micro_tokens": 150}, {"batch_size": 3}),
+    "rows": ({}, {"rows": "2"}),
+    "sample": ({}, {"sample": 1}),
+    "worst": ({}, {"worst": True}),
+    "html": ({}, {"html": "PAGE"}),
+}
+
+
+@pytest.mark.parametrize("field", PreviewConfig.model_fields)
+def test_every_preview_setting_does_something(field: str, place: dict[str, str], tmp_path: Path) -> None:
+    both, change = PREVIEW.get(field) or SFT[field][:2]
+    seen = []
+    for settings in ({**both}, {**both, **change}):
+        own = {key: value for key, value in settings.items() if key in PreviewConfig.model_fields}
+        flags = filled({"model": "MODEL", "data": "ROWS", **own}, place | {"PAGE": str(tmp_path / "page.html")})
+        try:
+            facts = preview.run(resolve(PreviewConfig, file=None, flags=flags))
+        except TruetuneError as error:
+            facts = {"refused": error.message}
+        seen.append(facts | {"files": [path.name for path in tmp_path.iterdir()]})
+    assert seen[0] != seen[1]

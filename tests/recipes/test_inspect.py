@@ -111,3 +111,15 @@ def test_a_log_cut_short_by_a_kill_is_read_up_to_there(
     with (killed / "log.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"step": 2, "loss": 1.')
     assert facts(killed, capsys)["steps"] == 1
+
+
+def test_data_tells_what_nearly_repeats_and_what_it_is_written_in(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = "Explain in one sentence why the sky looks blue; because air scatters blue light more than red light."
+    texts = [said, said.replace("more", "far more"), "привет мир"]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    found = facts(path, capsys)
+    assert (found["repeated"], found["nearly_repeated"], found["rows_with_code"]) == (0, 1, 0)
+    assert list(found["letters"]) == ["latin", "cyrillic"]

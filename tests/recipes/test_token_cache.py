@@ -137,19 +137,24 @@ CHANGES: dict[str, dict[str, Any]] = {
     "val_data": {"val_split": 0.0, "val_data": ("HELD",)},
     "max_bad_rows": {"max_bad_rows": 2},
     "data": {"data": ("DATA", "HELD")},
+    "registry": {"registry": "data.yaml"},
+    "columns": {"columns": ("instruction=instruction",)},
+    "thinking": {"thinking": "drop"},
+    "tools": {"tools": "drop"},
+    "system_messages": {"system_messages": "drop"},
 }
 
 
 def test_every_setting_about_data_is_tried() -> None:
     about = {name for name, info in SFTConfig.model_fields.items() if group_of(info) == "dataset"}
-    assert set(CHANGES) == about - {"packing"}
+    assert set(CHANGES) == about - {"packing", "fim_rate"}  # the latter wants a code model: see data/test_fim.py
 
 
 @pytest.mark.parametrize("field", CHANGES)
 def test_another_setting_is_not_answered_from_the_cache(field: str, model: Path, data: Path, tmp_path: Path) -> None:
     held = write(tmp_path / "held.jsonl", [{"instruction": "Sum?", "output": "None."}])
     names = {"HELD": str(held), "DATA": str(data)}
-    change = {k: tuple(names[x] for x in v) if isinstance(v, tuple) else v for k, v in CHANGES[field].items()}
+    change = {k: tuple(names.get(x, x) for x in v) if isinstance(v, tuple) else v for k, v in CHANGES[field].items()}
     prepared(sft(model, data))
     config = sft(model, data, **change)
     assert [prepared(config).cached for _ in range(2)] == [False, True]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from truetune.adapters.base import Adapter, Change
+from truetune.adapters.base import Adapter, Change, LowRankUpdate
 from truetune.adapters.input_dropout import dropped_input
 from truetune.adapters.linear_sites import check_linear, linear_sites
 from truetune.adapters.lora import projection_group
@@ -82,6 +82,12 @@ class AdaLoRALinear(Adapter):
         b = torch.randn(frozen.out_features, ranks, generator=generator) * _STD
         self.lora_a, self.lora_b = (nn.Parameter(t.to(frozen.device)) for t in (a, b))
         self.lora_e = nn.Parameter(torch.zeros(ranks, 1, device=frozen.device))
+
+    def update(self, own: Mapping[str, Tensor] | None = None) -> LowRankUpdate | None:
+        """E ∘ A, B and their scale."""
+        held = dict(self.adapter_parameters()) if own is None else own
+        a, b, e = (held[suffix] for suffix in ("lora_A", "lora_B", "lora_E"))
+        return LowRankUpdate(a * e, b, self.scale)
 
     def projection(self) -> Projection | None:
         """The layer as part of a node; None where its base is trained itself, or is of another kind."""

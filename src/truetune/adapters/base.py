@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 from torch.nn import Parameter
@@ -17,6 +18,25 @@ from torch.nn import Parameter
 from truetune.errors import AdapterError
 
 Change = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class LowRankUpdate:
+    """s (B A x + β), what an adapter of the low-rank family adds to what its layer makes of x.
+
+    Attributes:
+        a: [r, in]; of an embedding table [r, vocab], of a convolution [r, in, k…].
+        b: [out, r]; [dim, r], [out, r, 1…].
+        scale: s.
+        shift: β, [out], where there is one.
+        kind: of the layer.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    shift: Tensor | None = None
+    kind: Literal["linear", "embedding", "convolution"] = "linear"
 
 
 class Adapter(nn.Module, ABC):
@@ -79,6 +99,14 @@ class Adapter(nn.Module, ABC):
             AdapterError: the method does not fold into weights.
         """
         raise AdapterError(f"{type(self).__name__} does not fold into the base's weights: serve it beside the base")
+
+    def update(self, own: Mapping[str, Tensor] | None = None) -> LowRankUpdate | None:
+        """What the adapter adds, where that is a low-rank map and all that it does; else None.
+
+        Args:
+            own: tensors to take in place of the layer's, by their suffixes in the file.
+        """
+        return None
 
     @abstractmethod
     def merged_weight(self) -> Tensor:

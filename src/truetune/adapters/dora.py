@@ -52,6 +52,9 @@ class DoRALinear(LoRALinear):
         self.norm = RowNorm()
         self.lora_magnitude = Parameter(self._norm().clone())
 
+    def update(self, own: Mapping[str, Tensor] | None = None) -> None:
+        """None: a magnitude is of the whole weight."""
+
     def magnitude(self) -> Tensor:
         """[out]: m / |W + s B A|."""
         return self.norm.ratio(self.lora_magnitude, self._norm())
@@ -92,6 +95,9 @@ class DoRAEmbedding(LoRAEmbedding):
         self.norm = RowNorm()
         self.lora_magnitude = Parameter(self._norm().clone())
 
+    def update(self, own: Mapping[str, Tensor] | None = None) -> None:
+        """None: a magnitude is of the whole weight."""
+
     def magnitude(self) -> Tensor:
         """[dim]: m / |Wᵀ + s B A|."""
         return self.norm.ratio(self.lora_magnitude, self._norm())
@@ -121,6 +127,9 @@ class DoRAConv(LoRAConv):
     def keywords(cls, config: Any) -> dict[str, Any]:
         """The arguments that come from the settings of a run."""
         return {**super().keywords(config), "drops_base": config.dora_dropout == "compatible"}
+
+    def update(self, own: Mapping[str, Tensor] | None = None) -> None:
+        """None: a magnitude is of the whole weight."""
 
     def _norm(self) -> Tensor:
         pair = self.lora_a, self.lora_b

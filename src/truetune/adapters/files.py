@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from truetune.adapters.inject import attach, attachment, detach
+from truetune.adapters.inject import attach, attach_rows, attachment, detach, tied_paths
 from truetune.adapters.parts import has_bias
 from truetune.adapters.peft_config import from_peft, saved_modules, to_peft
 from truetune.adapters.targets import targeted
 from truetune.adapters.tensors import fill as fill
 from truetune.adapters.tensors import state as state
 from truetune.adapters.tensors import to_file as to_file
+from truetune.adapters.token_rows import FIELD, saved_rows
+from truetune.adapters.vocabulary import KEY, NewTokens, admit, dismiss, new_tokens, resize, rows_of_table
 from truetune.config.adapter import AdapterConfig, Targeted
 from truetune.errors import AdapterError
 
+_MOST_UNKNOWN_ROWS = 4096  # that an adapter made elsewhere may have skipped, to round its vocabulary up
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "truetune.json"
 
 
@@ -58,10 +61,17 @@ def save(model: nn.Module, folder: Path, *, base: str | None, card: Mapping[str,
     attached = attachment(model)
     if attached is None:
         raise AdapterError("the model carries no adapter", ("way out", "truetune.attach(model, truetune.LoRA()) first"))
+    new = new_tokens(model)
+    content = {**(card or {}), **({KEY: new.card()} if new else {})}
+    write(AdapterFile(folder, to_peft(model, attached, base=base), to_file(model), content), folder)
+
+
+def write(file: AdapterFile, folder: Path) -> None:
+    """Write an adapter's settings, tensors and card into ``folder``, which must exist or be creatable."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(to_file(model), folder / WEIGHTS, metadata={"format": "pt"})
-    _write_json(folder / CONFIG, to_peft(model, attached, base=base))
-    _write_json(folder / CARD, dict(card or {}))
+    save_file(dict(file.tensors), folder / WEIGHTS, metadata={"format": "pt"})
+    _write_json(folder / CONFIG, file.config)
+    _write_json(folder / CARD, file.card)
 
 
 def read(folder: Path) -> AdapterFile:
@@ -86,29 +96,77 @@ def read(folder: Path) -> AdapterFile:
     return AdapterFile(folder, config, tensors, card)
 
 
-def load(model: nn.Module, file: AdapterFile) -> None:
+def load(
+    model: nn.Module,
+    file: AdapterFile,
+    *,
+    config: AdapterConfig | None = None,
+    trained: bool = False,
+    before_fill: Callable[[], None] | None = None,
+) -> None:
     """Attach the adapter a folder holds, and fill it; the model is as it was when that can't be done.
 
-    Parts of the base that were trained in full take the model's dtype, so that it runs as it did.
+    Parts of the base that were trained in full take the model's dtype, so that it runs as it did. For tokens that the
+    adapter brings, the embedding table and the head grow; ``detach`` makes them what they were.
 
+    Args:
+        config: settings to take for the folder's, which they may differ from in what only training reads.
+        trained: the adapter goes on being trained, so those parts of the base are kept in float32.
+        before_fill: called between the two.
     Raises:
         AdapterError: a target the model lacks, or any tensor missing, extra or of another shape; all named at once.
     """
     if attachment(model) is not None:
         raise AdapterError("the model already carries an adapter", ("way out", "truetune.detach(model) first"))
-    config = file.settings
+    config = config or file.settings
     if "bias" in config.trainable and not has_bias(model):  # PEFT's bias="all" asks for what there is, be it nothing
         config = config.model_copy(update={"trainable": tuple(part for part in config.trainable if part != "bias")})
     # Names that this model has nothing for: an adapter's list may be of a whole family of models.
     sites = targeted(model, config, all_must_match=False) if isinstance(config, Targeted) else None
     full = saved_modules(model, file.config)
     tie = bool(file.config.get("ensure_weight_tying"))
-    attach(model, config, sites=sites, full=full, tie=tie, in_float32=False)
+    plain = config.model_copy(update={"token_rows": ()})  # which may be rows of one layer and not of another
+    before = rows_of_table(model) if config.token_rows else 0
+    grows = _grow(model, file, config.token_rows)
     try:
+        rows = saved_rows(model, file.config.get(FIELD), tied_paths(model))
+        attach(model, plain, sites=sites, full=full, tie=tie, in_float32=trained)
+        if rows:
+            attach_rows(model, rows, grew_from=before if grows else None)
+        if before_fill is not None:
+            before_fill()
         fill(model, file.tensors, where=str(file.folder))
     except AdapterError:
         detach(model)
+        if grows:
+            dismiss(model, before)
         raise
+
+
+def brings_rows(model: nn.Module, file: AdapterFile) -> bool:
+    """Whether an adapter has rows for tokens that the model's table has none for."""
+    return max(file.settings.token_rows, default=-1) >= rows_of_table(model)
+
+
+def _grow(model: nn.Module, file: AdapterFile, ids: Sequence[int]) -> bool:
+    """Whether the vocabulary was made larger, or told of new tokens, for what an adapter brings.
+
+    Raises:
+        AdapterError: ids so far beyond the vocabulary that they can't be new tokens of this base.
+    """
+    if not ids:
+        return False
+    before, new = rows_of_table(model), NewTokens.of_card(file.card)
+    needed = max(*ids, before - 1) + 1
+    if needed > before + len(ids) + _MOST_UNKNOWN_ROWS:
+        raise AdapterError(
+            f"{file.folder} has rows of token {needed - 1}, and this model's vocabulary ends at {before - 1}",
+            ("likely", "the adapter was trained on another base"),
+        )
+    if new:
+        admit(model, new)
+    resize(model, needed)
+    return bool(new) or needed > before
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:

@@ -1,4 +1,6 @@
-"""LoRA files of other makers, as adapters of a model: loralib's state dicts, and those of litgpt and lit-llama.
+"""Files of other makers, as adapters of a model: loralib's state dicts, and those of litgpt and lit-llama.
+
+LLaMA-Adapters of the latter two are in ``foreign_prompts``; what follows is about LoRA.
 
 Such a file holds A and B by layer and little else: alpha is in none of them, nor is which parts of a fused layer are
 updated. litgpt's are told by the ``hyperparameters.yaml`` beside the file, where there is one; else they must be given.
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 from truetune.adapters.files import AdapterFile
 from truetune.adapters.files import load as attach_file
 from truetune.adapters.foreign_layers import Layer, of_lit, of_loralib
+from truetune.adapters.foreign_prompts import has_prompts, of_lit_prompts
 from truetune.errors import AdapterError
 
 _LIT = re.compile(r"transformer\.h\.\d+\.(attn\.(qkv|attn|c_attn|proj)|mlp\.(fc_1|fc_2|proj))")
@@ -62,6 +65,8 @@ def read(
             are in no file and were not given.
     """
     tensors = _tensors(path)
+    if has_prompts(tensors):
+        return AdapterFile(path, *of_lit_prompts(tensors, path), {})
     layers = sorted({name.removesuffix(".lora_A") for name in tensors if name.endswith(".lora_A")})
     pairs = {name: (tensors.pop(f"{name}.lora_A"), tensors.pop(f"{name}.lora_B", None)) for name in layers}
     halves = [name for name, (_, b) in pairs.items() if b is None]

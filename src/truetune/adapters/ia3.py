@@ -10,6 +10,7 @@ or the columns of W.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from torch import Tensor, nn
 from truetune.adapters.base import Adapter, Change
 from truetune.adapters.ia3_targets import AUTO, check_feedforward, feedforward_names, targets_of_family
 from truetune.adapters.linear_sites import check_linear, linear_sites
+from truetune.adapters.lora import projection_group
 from truetune.adapters.methods import Site
 from truetune.adapters.peft_fields import Fields, excluded, targets_of
 from truetune.adapters.targets import matches, shortest_names
 from truetune.config.other_methods import IA3
 from truetune.ops.frozen import frozen_weight, is_conv1d
+from truetune.ops.projection import Projection
 
 CHANGES_TABLE = False
 TRAINS: tuple[str, ...] = ()
@@ -47,6 +50,7 @@ class IA3Linear(Adapter):
     """
 
     files = {"factors": "ia3_l"}  # noqa: RUF012 - ClassVar in the contract
+    dropout, site, drops_base = 0.0, 0, False  # as ``adapters.lora.Projecting`` asks for
 
     def __init__(self, base: nn.Module, *, scales_input: bool) -> None:
         super().__init__()
@@ -55,6 +59,13 @@ class IA3Linear(Adapter):
         frozen = frozen_weight(base)
         shape = (1, frozen.in_features) if scales_input else (frozen.out_features, 1)  # as PEFT's file has them
         self.factors = nn.Parameter(torch.ones(shape, device=frozen.device))
+
+    def projection(self) -> Projection | None:
+        """The layer as part of a node; of one whose input is scaled the base alone: see ``with_inner_factors``."""
+        group = projection_group((self.base,), tokens=1)
+        if group is None:
+            return None
+        return group.projections[0] if self.scales_input else _times(group.projections[0], self.factors.flatten())
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], in the dtype of the base's output."""
@@ -76,6 +87,24 @@ class IA3Linear(Adapter):
         """W scaled, dense; as [in, out] where the base is a ``Conv1D``."""
         merged = scaled(frozen_weight(self.base).dense().detach(), self.factors.detach())
         return merged.T.contiguous() if is_conv1d(self.base) else merged
+
+
+def with_inner_factors(down: nn.Module, up: Projection) -> Projection:
+    """What makes a gated MLP's inner activations, with the factors that ``down`` has for them.
+
+    W (l ∘ (act(gate) · up)) = W (act(gate) · (l ∘ up)): there they are factors of an output, and cost no pass of their
+    own.
+    """
+    if isinstance(down, IA3Linear) and down.scales_input:
+        return _times(up, down.factors.flatten())
+    return up
+
+
+def _times(p: Projection, factors: Tensor) -> Projection:
+    """A projection whose whole output is scaled, its bias too."""
+    constant = p.constant(factors.dtype)
+    magnitude = factors if p.magnitude is None else factors * p.magnitude
+    return replace(p, bias=None, magnitude=magnitude, shift=None if constant is None else factors * constant)
 
 
 def sites(model: nn.Module, config: IA3) -> list[str]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -16,6 +16,8 @@ from truetune.adapters.methods import Site, module_of, trained_parts
 from truetune.adapters.partial import unfreeze
 from truetune.adapters.parts import full_modules, parameters_of, widen
 from truetune.adapters.targets import output_head
+from truetune.adapters.token_rows import check_rows, put_rows, rows_for
+from truetune.adapters.vocabulary import dismiss
 from truetune.config.adapter import AdapterConfig
 from truetune.config.methods import METHODS
 from truetune.errors import AdapterError
@@ -31,6 +33,9 @@ class Attachment:
     tied: tuple[str, ...] = ()  # (table, head) where they share one matrix that is adapted or trained
     untied: tuple[str, ...] = ()  # (table, head) where they shared one and had to be taken apart
     learned: tuple[Parameter, ...] = ()  # what required gradients before
+    rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # path → ids of the rows that are trained
+    one_matrix: tuple[str, ...] = ()  # (table, head) where the head reads the table's rows
+    grew_from: int | None = None  # rows the table had, where the adapter brought tokens of its own
 
     @property
     def virtual_tokens(self) -> int:
@@ -72,7 +77,9 @@ def attach(
     shared = tied_paths(model)
     changes_table = paths if method.CHANGES_TABLE else ()
     tied = shared if tie and set(shared) & {*changes_table, *whole} else ()
-    _check_disjoint(paths, whole, tied)
+    _check_disjoint(paths, whole, tied, config)
+    rows = rows_for(model, config.token_rows, shared)
+    _check_rows(model, rows, shared, [*(() if hasattr(config, "virtual_tokens") else paths), *whole])
     parts = parameters_of(model, names, whole)
     untied = shared if not tie and set(shared) & set(whole) else ()
     learned = tuple(p for p in model.parameters() if p.requires_grad)
@@ -87,13 +94,32 @@ def attach(
         _replace(model, path, method.wrap(layer, config, Site(path, model, seed, together)))
     if ties:
         _tie_head(model, tied)
+    one_matrix = put_rows(model, rows, shared)
     for parameter in parts:
         parameter.requires_grad_(True)
     if in_float32:
         widen(model, parts)
-    result = Attachment(config, tuple(paths), whole, tied, untied, learned)
+    result = Attachment(config, tuple(paths), whole, tied, untied, learned, rows, one_matrix)
     model.truetune_attachment = result  # type: ignore[assignment]
     return result
+
+
+def attach_rows(model: nn.Module, rows: Mapping[str, tuple[int, ...]], *, grew_from: int | None = None) -> None:
+    """Train rows of tokens beside what is attached, at exact paths.
+
+    Args:
+        grew_from: rows that the table had, if it was made larger for this adapter; ``detach`` gives them back.
+    Raises:
+        AdapterError: rows that are not there, or whose matrix is adapted or trained already.
+    """
+    attached = attachment(model)
+    assert attached is not None
+    shared, config = tied_paths(model), attached.config
+    taken = () if hasattr(config, "virtual_tokens") else attached.sites
+    _check_rows(model, rows, shared, [*taken, *attached.full_modules])
+    one_matrix = put_rows(model, rows, shared)
+    now = replace(attached, rows=rows, one_matrix=one_matrix, grew_from=grew_from)
+    model.truetune_attachment = now  # type: ignore[assignment]
 
 
 def tune(model: nn.Module, config: AdapterConfig, *, seed: int = 0, prompt_ids: Sequence[int] = ()) -> tuple[str, ...]:
@@ -104,12 +130,27 @@ def tune(model: nn.Module, config: AdapterConfig, *, seed: int = 0, prompt_ids: 
     return attach(model, config, seed=seed, prompt_ids=prompt_ids).sites
 
 
-def _check_disjoint(paths: Sequence[str], whole: Sequence[str], tied: Sequence[str]) -> None:
+def _check_disjoint(paths: Sequence[str], whole: Sequence[str], tied: Sequence[str], config: AdapterConfig) -> None:
     if both := set(whole) & {*paths, *(tied if set(tied) & set(paths) else ())}:
+        if hasattr(config, "virtual_tokens"):
+            one = ", which is the table of the embeddings as well," if set(tied) & both else ""
+            raise AdapterError(
+                f"{', '.join(sorted(both))}{one} would be trained in full, and --method {config.kind} puts its virtual "
+                "tokens before that table",
+                ("way out", f"leave {' and '.join(config.trainable)} out of --trainable, or --token-rows with the ids "
+                 "whose rows are to learn; --method lora trains the whole matrix beside its adapter"),
+            )  # fmt: skip
         raise AdapterError(
             f"{', '.join(sorted(both))} would be trained in full and get an adapter as well",
             ("way out", "name it in --targets or in --trainable, not in both"),
         )
+
+
+def _check_rows(
+    model: nn.Module, rows: Mapping[str, Sequence[int]], shared: Sequence[str], taken: Sequence[str]
+) -> None:
+    """Where table and head are one, what changes the one changes the other."""
+    check_rows(model, rows, [*taken, *(shared if set(shared) & set(taken) else ())])
 
 
 def attachment(model: nn.Module) -> Attachment | None:
@@ -119,10 +160,12 @@ def attachment(model: nn.Module) -> Attachment | None:
 
 def detach(model: nn.Module) -> None:
     """Take every adapter out again; the base is as it was, except for parts that were trained in full."""
-    for path, adapter in list(adapters(model)):
+    for path, adapter in reversed(list(adapters(model))):  # of two on one layer the inner one first
         _replace(model, path, adapter.base)
     if attached := attachment(model):
         _tie_again(model, attached.untied)
+        if attached.grew_from is not None:
+            dismiss(model, attached.grew_from)
         model.requires_grad_(False)
         for parameter in attached.learned:
             parameter.requires_grad_(True)

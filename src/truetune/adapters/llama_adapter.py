@@ -3,8 +3,9 @@
     y = attention(x) + O(g · softmax(q Kᵀ / √d) V),   K = W_k P, V = W_v P
 
 P [length, hidden] is trained and so is g, which starts at zero, so an untrained adapter changes nothing. As in PEFT, g
-is one number per layer without a tanh, q is turned by its position, the prompts' keys are not, and on GPT-2 nothing but
-the sum follows the values. A prompt stands at no position, so packed rows, padding and caches are as they were.
+is one number per layer without a tanh (with ``gates="head"`` one per head, as in litgpt), q is turned by its position,
+the prompts' keys are not, and on GPT-2 nothing but the sum follows the values. A prompt stands
+at no position, so packed rows, padding and caches are as they were.
 """
 
 from __future__ import annotations
@@ -43,18 +44,26 @@ class AdaptedAttention(Adapter):
         layout: where it makes queries, keys and values.
         length: prompts.
         family: the model's type, for what PEFT does in one and not in another.
+        by_head: whether g is [heads, 1], and not [1].
     """
 
     files = {"prompt": "adaption_prompt", "gate": "adaption_gate"}  # noqa: RUF012 - ClassVar in the contract
 
     def __init__(
-        self, base: nn.Module, layout: AttentionLayout, length: int, family: str, generator: torch.Generator
+        self,
+        base: nn.Module,
+        layout: AttentionLayout,
+        length: int,
+        family: str,
+        generator: torch.Generator,
+        *,
+        by_head: bool = False,
     ) -> None:
         super().__init__()
         self.base, self.layout, self.family = base.requires_grad_(False), layout, family
         frozen = frozen_weight(self._map(layout.key))
         self.prompt = nn.Parameter(torch.randn(1, length, frozen.in_features, generator=generator).to(frozen.device))
-        self.gate = nn.Parameter(torch.zeros(1, device=frozen.device))
+        self.gate = nn.Parameter(torch.zeros((layout.heads, 1) if by_head else (1,), device=frozen.device))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the base's; the queries are those that it computes itself."""
@@ -149,7 +158,8 @@ def wrap(layer: nn.Module, config: LlamaAdapter, site: Site) -> Adapter:
         site.shared["layouts"] = {found.path: found for found in attention_layouts(site.model, config.kind)}
     family = str(getattr(site.model.config, "model_type", ""))
     draws = site.generator("llama-adapter")
-    return AdaptedAttention(layer, site.shared["layouts"][site.path], config.adapter_length, family, draws)
+    layout, by_head = site.shared["layouts"][site.path], config.gates == "head"
+    return AdaptedAttention(layer, layout, config.adapter_length, family, draws, by_head=by_head)
 
 
 def to_peft(model: nn.Module, config: LlamaAdapter, sites: Sequence[str]) -> dict[str, Any]:
@@ -158,6 +168,7 @@ def to_peft(model: nn.Module, config: LlamaAdapter, sites: Sequence[str]) -> dic
         "target_modules": sites[0].rpartition(".")[2],
         "adapter_len": config.adapter_length,
         "adapter_layers": len(sites),
+        **({"gates": "head"} if config.gates == "head" else {}),  # whose shape PEFT refuses
     }
 
 
@@ -168,4 +179,5 @@ def from_peft(config: Mapping[str, Any], folder: Path) -> LlamaAdapter:
         LlamaAdapter,
         adapter_length=("adapter_len", fields.take("adapter_len")),
         adapter_layers=("adapter_layers", fields.take("adapter_layers")),
+        gates=("gates", fields.take("gates", "layer")),
     )

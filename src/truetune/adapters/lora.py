@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from typing_extensions import Self
 
-from truetune.adapters.base import Adapter, Change
+from truetune.adapters.base import Adapter, Change, LowRankUpdate
 from truetune.adapters.lora_start import Start, start
 from truetune.adapters.standalone import Mergeable
 from truetune.config.lora import LoRA
@@ -161,6 +161,11 @@ class LoRALinear(Mergeable):
         if START_A not in own:
             return own[A], own[B]
         return torch.cat([own[A], own[START_A]]), torch.cat([own[B], -own[START_B]], dim=1)
+
+    def update(self, own: Mapping[str, Tensor] | None = None) -> LowRankUpdate | None:
+        """A and B of all that stands beside W, their scale, and the bias beside B."""
+        shift = self.lora_bias if own is None else own.get(B_BIAS)
+        return LowRankUpdate(*self.low_rank(own), self.scale, shift)
 
     def projection(self) -> Projection | None:
         """The layer as part of a node; None where its base is trained itself, or is of another kind."""

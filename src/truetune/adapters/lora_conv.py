@@ -16,7 +16,7 @@ from torch.nn import Parameter
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from truetune.adapters.base import Change
+from truetune.adapters.base import Change, LowRankUpdate
 from truetune.adapters.lora import A, B, LoRAParams
 from truetune.adapters.lora_start import FROM_WEIGHTS, Start, start
 from truetune.adapters.standalone import Mergeable
@@ -103,6 +103,11 @@ class LoRAConv(Mergeable):
     def scale(self) -> float:
         """s."""
         return lowrank.scale(self.alpha, self.rank, rank_stabilised=self.rank_stabilised)
+
+    def update(self, own: Mapping[str, Tensor] | None = None) -> LowRankUpdate | None:
+        """A [r, in, k…], B [out, r, 1…] and their scale."""
+        a, b = (self.lora_a, self.lora_b) if own is None else (own[A], own[B])
+        return LowRankUpdate(a, b, self.scale, kind="convolution")
 
     def forward(self, x: Tensor) -> Tensor:
         """As the base's, in the dtype of its output."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from truetune.adapters.base import Adapter, Change
+from truetune.adapters.base import Adapter, Change, LowRankUpdate
 from truetune.adapters.lora import LoRAParams
 from truetune.adapters.lora_start import FROM_WEIGHTS
 from truetune.adapters.standalone import Mergeable
@@ -87,6 +87,11 @@ class LoRAEmbedding(Mergeable):
     def scale(self) -> float:
         """s."""
         return lowrank.scale(self.alpha, self.rank, rank_stabilised=self.rank_stabilised)
+
+    def update(self, own: Mapping[str, Tensor] | None = None) -> LowRankUpdate | None:
+        """A [r, vocab], B [dim, r] and their scale."""
+        a, b = (self.lora_a, self.lora_b) if own is None else (own[A], own[B])
+        return LowRankUpdate(a, b, self.scale, kind="embedding")
 
     def magnitude(self) -> Tensor | None:
         """[dim], what the rows are multiplied by; None for nothing."""

@@ -26,6 +26,11 @@ def unfreeze(model: nn.Module, config: AdapterConfig) -> None:
         AdapterError: nothing would be trained; layers or parts that the model does not have; or parts named beside a
             method that trains all of them.
     """
+    if config.token_rows:
+        raise AdapterError(
+            f"--token-rows: --method {config.kind} trains whole parameters of the base, and leaves a model",
+            ("way out", "--method lora trains rows beside its adapter"),
+        )
     if not isinstance(config, Freeze):
         if config.trainable:
             raise AdapterError(

@@ -11,12 +11,15 @@ from torch import nn
 from truetune.adapters.inject import Attachment
 from truetune.adapters.methods import module_of, trained_parts
 from truetune.adapters.targets import shortest_names
+from truetune.adapters.token_rows import FIELD
+from truetune.adapters.token_rows import to_peft as rows_to_peft
 from truetune.config.adapter import AdapterConfig
 from truetune.config.methods import METHODS
 from truetune.errors import AdapterError
 
-# The type of an adapter of a method that PEFT does not have; PEFT refuses it by name.
+# The type of an adapter that PEFT has no method for, or none that trains rows of tokens; PEFT refuses it by name.
 _OWN = "TRUETUNE_"
+_WITH_ROWS = ("LORA", "ADALORA")
 
 
 def to_peft(model: nn.Module, attached: Attachment, *, base: str | None) -> dict[str, Any]:
@@ -27,13 +30,14 @@ def to_peft(model: nn.Module, attached: Attachment, *, base: str | None) -> dict
     ]
     full = shortest_names(model, attached.full_modules) if attached.full_modules else None
     fields = {
-        "peft_type": METHODS[config.kind].peft or _OWN + config.kind.upper().replace("-", "_"),
+        "peft_type": _type_of(config.kind, with_rows=bool(attached.rows)),
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "inference_mode": True,
         "bias": "all" if "bias" in trained_parts(config) else "none",
         "modules_to_save": full,
         "ensure_weight_tying": bool(attached.tied),
+        **({FIELD: rows_to_peft(model, attached.rows)} if attached.rows else {}),
         **module_of(config.kind).to_peft(model, config, sites),
     }
     # PEFT warns of a field that its class of this method does not have.
@@ -54,11 +58,17 @@ def _method_of(config: Mapping[str, Any], folder: Path) -> str:
     kind = config.get("peft_type", "no peft_type")
     if kind == "LORA" and config.get("use_dora"):
         return "dora"
-    known = {method.peft or _OWN + name.upper().replace("-", "_"): name for name, method in reversed(METHODS.items())}
+    known = {_type_of(name, with_rows=rows): name for rows in (True, False) for name in reversed(METHODS)}
     if kind not in known or METHODS[known[kind]].result == "model":
         names = ", ".join(method.peft for method in dict.fromkeys(METHODS.values()) if method.peft)
         raise AdapterError(f"{folder}: found {kind}, expected one of {names}")
     return known[kind]
+
+
+def _type_of(method: str, *, with_rows: bool) -> str:
+    """What PEFT would take for a smaller adapter, and load without its rows, is called by another name."""
+    theirs = METHODS[method].peft
+    return theirs if theirs and (not with_rows or theirs in _WITH_ROWS) else _OWN + method.upper().replace("-", "_")
 
 
 def saved_modules(model: nn.Module, config: Mapping[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ _OFF: tuple[Any, ...] = (None, False, {}, [], "")
 # Read by ``peft_config`` for every method, or without effect on what a trained adapter computes.
 _COMMON = {
     "peft_type", "task_type", "base_model_name_or_path", "revision", "bias", "modules_to_save", "ensure_weight_tying",
-    "inference_mode", "auto_mapping", "peft_version",
+    "inference_mode", "auto_mapping", "peft_version", "trainable_token_indices",
 }  # fmt: skip
 
 C = TypeVar("C", bound=AdapterConfig)
@@ -61,10 +61,17 @@ class Fields:
         names = {ours: theirs for ours, (theirs, _) in values.items()}
         given = {ours: value for ours, (_, value) in values.items()}
         try:
-            return config_class(**given, trainable=("bias",) if bias == "all" else ())
+            rows = token_ids(self.config.get("trainable_token_indices"))
+            return config_class(**given, trainable=("bias",) if bias == "all" else (), token_rows=rows)
         except (InvalidOptionsError, TypeError) as error:
             what = f"{self.folder}: adapter_config.json holds a value that can't be"
             raise AdapterError(what, *_faults(error, names)) from None
+
+
+def token_ids(field: Any) -> tuple[int, ...]:
+    """``trainable_token_indices``: ids, or those of each layer by its name; which layers is in ``saved_rows``."""
+    lists = field.values() if isinstance(field, Mapping) else [field or ()]
+    return tuple(dict.fromkeys(number for ids in lists for number in ids))
 
 
 def targets_of(fields: Fields) -> tuple[str, ...]:

@@ -157,8 +157,7 @@ def _table(layer: nn.Module, config: Prefix, site: Site) -> PrefixTable:
 
 def to_peft(model: nn.Module, config: Prefix, sites: Sequence[str]) -> dict[str, Any]:
     """The method's own fields of ``adapter_config.json``: the file holds the rows, whatever made them."""
-    table = model.get_submodule(sites[0])
-    assert isinstance(table, PrefixTable)
+    table = next(module for module in model.modules() if isinstance(module, PrefixTable))
     return {
         **shape_fields(model, config.virtual_tokens, width=table.width, heads=table.heads),
         "prefix_projection": False,

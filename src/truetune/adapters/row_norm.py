@@ -38,6 +38,7 @@ class RowNorm:
         self._squares: tuple[_State, Tensor] | None = None
         self._norm: tuple[_State, Tensor] | None = None
         self._ratio: tuple[_State, Tensor] | None = None
+        self._divisor: tuple[Tensor, Tensor] | None = None
 
     def of(
         self,
@@ -66,19 +67,26 @@ class RowNorm:
         return self._norm[1]
 
     def ratio(self, magnitude: Tensor, norm: Tensor) -> Tensor:
-        """``ratio``, kept as well where it needs no gradient."""
+        """m / |…|, [out], kept as well where it needs no gradient.
+
+        Args:
+            norm: from ``of``.
+        """
+        if self._divisor is None or self._divisor[0] is not norm:
+            with torch.inference_mode(False), torch.no_grad():
+                self._divisor = norm, _divisor(norm)
         if torch.is_grad_enabled() and magnitude.requires_grad:
-            return ratio(magnitude, norm)
+            return magnitude / self._divisor[1]
         state = (_steps, *_state((magnitude, norm)))
         if self._ratio is None or self._ratio[0] != state:
             with torch.inference_mode(False), torch.no_grad():
-                self._ratio = state, ratio(magnitude, norm)
+                self._ratio = state, magnitude / self._divisor[1]
         return self._ratio[1]
 
 
-def ratio(magnitude: Tensor, norm: Tensor) -> Tensor:
-    """m / |…|, [out]; m itself for a row of zeros, which has no direction and gives 0 whatever it is multiplied by."""
-    return magnitude / torch.where(norm > 0, norm, 1)
+def _divisor(norm: Tensor) -> Tensor:
+    """1 for a row of zeros, which has no direction and gives 0 whatever it is divided by."""
+    return torch.where(norm > 0, norm, 1)
 
 
 def rescaled(weight: Tensor, a: Tensor, b: Tensor, scale: float, magnitude: Tensor) -> Tensor:
@@ -92,7 +100,7 @@ def rescaled(weight: Tensor, a: Tensor, b: Tensor, scale: float, magnitude: Tens
     """
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     norm = lowrank.row_norms(lowrank.squared_rows(wide), wide, a, b, scale)
-    factor = ratio(magnitude.to(wide.dtype), norm)
+    factor = magnitude.to(wide.dtype) / _divisor(norm)
     return (lowrank.fold(wide, a, b, scale) * factor[:, None]).to(weight.dtype)
 
 

@@ -16,6 +16,7 @@ from torch.nn import Parameter
 from truetune.adapters.base import Adapter, Change
 from truetune.adapters.inject import adapters, attachment
 from truetune.adapters.lora_embedding import TiedHead
+from truetune.adapters.token_rows import BASE_COPY, ROWS, HeadRows, TokenRows
 from truetune.errors import AdapterError
 
 _ROOT = "base_model.model."
@@ -74,6 +75,15 @@ def _tied_copies(model: nn.Module) -> list[_TiedCopy]:
     ]
 
 
+def _repeated(model: nn.Module) -> list[_TiedCopy]:
+    """What PEFT may say of a tied head a second time, and we do not: the table's rows."""
+    attached = attachment(model)
+    if attached is None or not attached.one_matrix:
+        return []
+    table, head = (f"{_ROOT}{path}.{ROWS}" for path in attached.one_matrix)
+    return [_TiedCopy(head, table, transposed=False)]
+
+
 def _shared(model: nn.Module) -> dict[str, Tensor]:
     """Key in the file → frozen tensor that the layers of a method have together."""
     return {key: tensor for _, adapter in adapters(model) for key, tensor in adapter.shared_tensors().items()}
@@ -86,7 +96,7 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> None
         AdapterError: they are not exactly those; then none was copied.
     """
     expected = {**_stored(model), **_shared(model)}
-    copies = _tied_copies(model)
+    copies = [*_tied_copies(model), *_repeated(model)]
     shapes = {key: p.shape for key, p in expected.items()}
     shapes |= {copy.key: copy.of(expected).shape for copy in copies}
     if problems := _misfits(model, expected, shapes, tensors):
@@ -158,11 +168,14 @@ def base_copies(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Te
 
 def _is_base_copy(model: nn.Module, key: str, tensor: Tensor) -> bool:
     """PEFT stores the whole frozen table beside an adapter on it; fine as long as it is this model's own."""
-    path, found, rest = key.removeprefix(_ROOT).partition(".base_layer.weight")
+    stem = key.removeprefix(_ROOT)
+    path, found, rest = stem.partition(f".{BASE_COPY}" if stem.endswith(BASE_COPY) else ".base_layer.weight")
     wrapped = dict(adapters(model)).get(path)
     if not found or rest or wrapped is None:
         return False
-    weight = wrapped.weight
-    if weight.is_meta:
-        return tensor.shape == weight.shape
-    return torch.equal(tensor.to(weight), weight)
+    weight, attached = wrapped.weight, attachment(model)
+    before = attached.grew_from if attached and attached.grew_from is not None else len(weight)
+    trained = set(wrapped.ids.tolist()) if isinstance(wrapped, HeadRows | TokenRows) else set()
+    if tensor.shape != weight.shape or not set(range(before, len(weight))) <= trained:
+        return False
+    return weight.is_meta or torch.equal(tensor[:before].to(weight), weight[:before])

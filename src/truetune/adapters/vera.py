@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from truetune.adapters.base import Adapter, Change
+from truetune.adapters.base import Adapter, Change, LowRankUpdate
 from truetune.adapters.input_dropout import dropped_input
 from truetune.adapters.linear_sites import check_linear, linear_sites
 from truetune.adapters.methods import Site
@@ -98,6 +98,11 @@ class VeRALinear(Adapter):
         """The pair, where it is saved."""
         return {"base_model.vera_A": self.pair.a, "base_model.vera_B": self.pair.b} if self.pair.saved else {}
 
+    def update(self, own: Mapping[str, Tensor] | None = None) -> LowRankUpdate | None:
+        """λ_d ∘ A and λ_b ∘ B, which each layer then has for itself."""
+        held = dict(self.adapter_parameters()) if own is None else own
+        return LowRankUpdate(*self._scaled_pair(held["vera_lambda_b"], held["vera_lambda_d"]), 1.0)
+
     def changes(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Change]:
         """W + (λ_b ∘ B)(λ_d ∘ A)."""
         return {"weight": lambda weight: self._folded(weight, tensors["vera_lambda_b"], tensors["vera_lambda_d"])}
@@ -111,9 +116,13 @@ class VeRALinear(Adapter):
     def _folded(self, weight: Tensor, lambda_b: Tensor, lambda_d: Tensor) -> Tensor:
         """Of a weight as the base stores it, to another."""
         transposed = is_conv1d(self.base)
-        a, b = (t.to(lambda_b) for t in (self.pair.a[:, : self.in_features], self.pair.b[: self.out_features]))
-        merged = lowrank.fold(weight.T if transposed else weight, lambda_d[:, None] * a, lambda_b[:, None] * b, 1.0)
+        merged = lowrank.fold(weight.T if transposed else weight, *self._scaled_pair(lambda_b, lambda_d), 1.0)
         return merged.T.contiguous() if transposed else merged
+
+    def _scaled_pair(self, lambda_b: Tensor, lambda_d: Tensor) -> tuple[Tensor, Tensor]:
+        """λ_d ∘ A [r, in] and λ_b ∘ B [out, r]."""
+        a, b = (t.to(lambda_b) for t in (self.pair.a[:, : self.in_features], self.pair.b[: self.out_features]))
+        return lambda_d[:, None] * a, lambda_b[:, None] * b
 
 
 def sites(model: nn.Module, config: VeRA) -> list[str]:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from truetune.checkpoint import disk
@@ -35,7 +35,8 @@ def atomic_folder(path: Path, *, manifest: bool = True) -> Iterator[Path]:
         with writing(path.parent):
             yield temporary
             if manifest:
-                _write_manifest(temporary)
+                files = [path for path in temporary.rglob("*") if path.is_file()]
+                write_manifest(temporary, {p.relative_to(temporary).as_posix(): sha256(p) for p in files})
             _sync_tree(temporary)
             _put_in_place(temporary, path)
     finally:
@@ -84,9 +85,9 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _write_manifest(folder: Path) -> None:
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    listed = {p.relative_to(folder).as_posix(): {"size": p.stat().st_size, "sha256": sha256(p)} for p in files}
+def write_manifest(folder: Path, digests: Mapping[str, str]) -> None:
+    """Write ``MANIFEST.json``: size and SHA-256 by name, of files whose digests are known."""
+    listed = {n: {"size": (folder / n).stat().st_size, "sha256": digest} for n, digest in sorted(digests.items())}
     (folder / MANIFEST).write_text(json.dumps({"files": listed}, indent=1), encoding="utf-8")
 
 

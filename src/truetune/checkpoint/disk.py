@@ -66,6 +66,34 @@ def require_space(folder: Path, needed: int) -> None:
         raise disk_full(folder, needed=needed)
 
 
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a folder against a second process that would write the same into it.
+
+    Raises:
+        OutputError: one is at work there.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    handle = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(f"another process is writing {folder}", ("way out", "wait for it, or stop it")) from None
+        except OSError:  # network disks may know no locks
+            pass
+        yield
+    finally:
+        os.close(handle)
+
+
 def sync(path: Path) -> None:
     """Bring a file, or the renames in a folder where the system lets a folder be synced, safely to disk."""
     if path.is_dir() and os.name != "posix":

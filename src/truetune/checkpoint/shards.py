@@ -7,15 +7,19 @@ come. The files are those the library would write.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
 
+from truetune.checkpoint.atomic import sha256
 from truetune.checkpoint.disk import require_space, sync, writing
 from truetune.checkpoint.header import PlannedTensor, TensorEntry, few, header_bytes
 from truetune.checkpoint.tensors import INDEX, SINGLE, copy_bytes
@@ -32,28 +36,46 @@ class ShardWriter:
         folder: exists, and holds no model yet.
         plan: all tensors, in the order they are dealt out to shards.
         max_shard_bytes: a shard is closed before it would exceed this; a larger tensor gets a shard of its own.
+        finished: told the name and SHA-256 of each shard as soon as it is whole on disk under its own name, which it
+            then has before ``close``.
+        kept: names of shards of this very plan that are in the folder already.
 
     Raises:
         OutputError: a model is there already, too little space, or the folder can't be written.
         ValueError: the plan holds a name twice, or a dtype that safetensors has no code for.
     """
 
-    def __init__(self, folder: Path, plan: Sequence[PlannedTensor], *, max_shard_bytes: int = 5_000_000_000) -> None:
-        if there := sorted(path.name for path in folder.glob("model*.safetensors*")):
+    def __init__(
+        self,
+        folder: Path,
+        plan: Sequence[PlannedTensor],
+        *,
+        max_shard_bytes: int = 5_000_000_000,
+        finished: Callable[[str, str], None] | None = None,
+        kept: Collection[str] = (),
+    ) -> None:
+        if there := sorted(path.name for path in folder.glob("model*.safetensors*") if path.name not in kept):
             raise OutputError(f"{folder}: already holds a model", ("found", few(there)), ("way out", "a new folder"))
         shards = _deal(plan, max_shard_bytes)
         self._folder = folder
         self._files: dict[Path, Path] = {}  # temporary -> final name
         self._places: dict[str, tuple[PlannedTensor, Path, int]] = {}  # what is still to come, and where it goes
         self._weight_map: dict[str, str] = {}
+        self._finished = finished
+        self._aside = ThreadPoolExecutor(1)  # starts no thread before it has work
+        self._digests: dict[Path, _Digest] = {}
+        self._left: dict[Path, int] = {}  # bodies that a shard still waits for
         self._total_size = sum(tensor.nbytes for tensor in plan)
         self._open = True
         headers = [header_bytes(shard) for shard in shards]
-        self._needed = self._total_size + sum(map(len, headers))
+        self._needed = self._total_size + sum(map(len, headers)) - sum((folder / n).stat().st_size for n in kept)
         require_space(folder, self._needed)
         for number, (shard, header) in enumerate(zip(shards, headers, strict=True), start=1):
             name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            self._start(name, shard, header)
+            if name in kept:
+                self._weight_map |= dict.fromkeys((tensor.name for tensor in shard), name)
+            else:
+                self._start(name, shard, header)
 
     def _start(self, name: str, shard: list[PlannedTensor], header: bytes) -> None:
         path = self._temporary(name)
@@ -62,9 +84,15 @@ class ShardWriter:
             self._places[tensor.name] = (tensor, path, offset)
             self._weight_map[tensor.name] = name
             offset += tensor.nbytes
+        self._left[path] = len(shard)
+        self._digests[path] = _Digest()
         with self._guard(), path.open("xb") as file:
-            file.write(header)
+            self._into(path, file, 0).write(header)
             file.truncate(offset)
+
+    def waits_for(self, name: str) -> bool:
+        """Whether a planned tensor is still to be written: it is not, in a shard that was kept."""
+        return name in self._places
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write the body of ``name``; dtype and shape must be the planned ones.
@@ -99,13 +127,14 @@ class ShardWriter:
         with self._guard():
             if self._places:
                 raise ValueError(f"{len(self._places)} planned tensors were not written: {few(list(self._places))}")
-            if len(self._files) > 1:
+            if len(set(self._weight_map.values())) > 1:
                 index = {"metadata": {"total_size": self._total_size}, "weight_map": self._weight_map}
                 text = json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
                 self._temporary(INDEX).write_text(text, encoding="utf-8")
-            for temporary in self._files:
+            waiting = {temporary: final for temporary, final in self._files.items() if temporary.exists()}
+            for temporary in waiting:
                 sync(temporary)
-            for temporary, final in self._files.items():
+            for temporary, final in waiting.items():
                 temporary.rename(final)
             sync(self._folder)
         self._open = False
@@ -124,6 +153,7 @@ class ShardWriter:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close() if kind is None else self.abort()
+        self._aside.shutdown()
 
     def _temporary(self, name: str) -> Path:
         path = self._folder / f".{name}.{os.getpid()}.partial"
@@ -149,8 +179,56 @@ class ShardWriter:
                 raise ValueError(f"{name!r} is {dtype} {shape}, planned was {planned.dtype} {planned.shape}")
             with path.open("rb+") as file:
                 file.seek(offset)
-                yield file
+                yield self._into(path, file, offset)
             del self._places[name]
+            self._left[path] -= 1
+            if self._finished and not self._left[path]:
+                sync(path)
+                path.rename(self._files[path])
+                self._finished(self._files[path].name, self._digests.pop(path).of(self._files[path]))
+
+    def _into(self, path: Path, file: BinaryIO, offset: int) -> BinaryIO:
+        """The file as it is, or one that hashes what passes where the hashes are wanted."""
+        if self._finished is None:
+            return file
+        return cast(BinaryIO, _Passing(file, self._digests[path], offset, self._aside))
+
+
+@dataclass
+class _Digest:
+    """SHA-256 of a file while it is written from front to back; of one written in another order, once it is whole."""
+
+    sha: Any = field(default_factory=hashlib.sha256)
+    length: int = 0
+    in_order: bool = True
+
+    def add(self, offset: int, data: memoryview | bytes) -> None:
+        """What is written at ``offset``."""
+        self.in_order = self.in_order and offset == self.length
+        if self.in_order:
+            self.sha.update(data)
+            self.length += len(data)
+
+    def of(self, path: Path) -> str:
+        """The digest of the finished file."""
+        return str(self.sha.hexdigest()) if self.in_order else sha256(path)
+
+
+@dataclass
+class _Passing:
+    """A file's ``write``, with a digest of what passes."""
+
+    file: BinaryIO
+    digest: _Digest
+    offset: int
+    aside: ThreadPoolExecutor
+
+    def write(self, data: memoryview | bytes) -> None:
+        """Write all of it; hashing takes as long as writing does, so it is done at the same time."""
+        hashed = self.aside.submit(self.digest.add, self.offset, data)
+        self.offset += len(data)
+        self.file.write(data)
+        hashed.result()
 
 
 def _deal(plan: Sequence[PlannedTensor], max_shard_bytes: int) -> list[list[PlannedTensor]]:

@@ -11,7 +11,14 @@ KEPT = (
     "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py", "additional_chat_templates/*.jinja",
     "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
-_LEFT_OUT = ("*.index.json", "adapter_config.json", "truetune.json", "trainer_state.json", "*_results.json")
+_LEFT_OUT = (
+    "*.index.json",
+    "MANIFEST.json",
+    "adapter_config.json",
+    "truetune.json",
+    "trainer_state.json",
+    "*_results.json",
+)
 
 # A Hub's patterns match whole paths, and ``*`` reaches across folders there: what lies deeper is another format of the
 # same weights (original/, onnx/, …), as are consolidated weights at the top.

@@ -54,12 +54,12 @@ def parse(name: str, config_class: type[Options], argv: Sequence[str]) -> tuple[
         ConfigError: an unknown flag, or one without its value.
     """
     parser = build_parser(name, config_class)
-    known, rest = parser.parse_known_args(list(argv))
+    known, rest = parser.parse_known_intermixed_args(list(argv))  # a list without a flag may stand among the flags
     if rest:
         raise _unknown(name, config_class, rest)
     values = {key: value for key, value in vars(known).items() if value is not None}
     for field in config_class.positional:
-        if (bare := values.pop(f"positional_{field}", None)) is not None:
+        if (bare := values.pop(f"positional_{field}", None)) not in (None, []):
             values[field] = bare
     config_file, as_json = values.pop("config_file", None), bool(values.pop("as_json", False))
     return values, config_file, as_json
@@ -80,7 +80,10 @@ def build_parser(name: str, config_class: type[Options]) -> argparse.ArgumentPar
     for field, info in config_class.model_fields.items():
         heading = group_of(info)
         if field in config_class.positional:
-            groups[heading].add_argument(f"positional_{field}", nargs="?", metavar=field.upper(), help=_help(info))
+            many = get_origin(_plain(info.annotation)) is tuple
+            groups[heading].add_argument(
+                f"positional_{field}", nargs="*" if many else "?", metavar=field.upper(), help=_help(info)
+            )
         text = argparse.SUPPRESS if field in config_class.positional else _help(info)
         groups[heading].add_argument(*_names(field, info), dest=field, default=None, help=text, **_kind(info))
     general = parser.add_argument_group("general")

@@ -31,6 +31,9 @@ COMMANDS: dict[str, Command] = {
     "demo": Command(
         "truetune.config.demo:DemoConfig", "truetune.recipes.demo", "the whole story, offline, in two minutes"
     ),
+    "preview": Command(
+        "truetune.config.preview:PreviewConfig", "truetune.recipes.preview", "see the data as the loss will see it"
+    ),
     "sft": Command(
         "truetune.config.sft:SFTConfig", "truetune.recipes.sft", "fine-tune on instructions or conversations"
     ),
@@ -39,7 +42,15 @@ COMMANDS: dict[str, Command] = {
     "quantize": Command(
         "truetune.config.quantize:QuantizeConfig", "truetune.recipes.quantize", "write a base in 4 or 8 bits"
     ),
-    "generate": Command("truetune.config.generate:GenerateConfig", "truetune.recipes.generate", "answer a prompt"),
+    "generate": Command(
+        "truetune.config.generate:GenerateConfig", "truetune.recipes.generate", "answer prompts, or a file of them"
+    ),
+    "chat": Command("truetune.config.chat:ChatConfig", "truetune.recipes.chat", "talk with a model in the terminal"),
+    "verify": Command(
+        "truetune.config.verify:VerifyConfig",
+        "truetune.recipes.verify",
+        "prove that what was trained is what is served",
+    ),
     "inspect": Command(
         "truetune.config.inspect:InspectConfig", "truetune.recipes.inspect", "say what a file or folder is"
     ),
@@ -110,7 +121,7 @@ def _run(name: str, arguments: list[str]) -> int:
         result = _recipe(command.recipe).run(resolved)
     if as_json:
         print(json.dumps(result, ensure_ascii=False, allow_nan=False, default=str))
-    return 0
+    return int(result.get("exit_code", 0)) if isinstance(result, dict) else 0
 
 
 def _recipe(module: str) -> ModuleType:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,9 @@ from truetune.adapters import tensors
 from truetune.adapters.base import Change
 from truetune.adapters.files import AdapterFile
 from truetune.adapters.inject import attachment, tied_paths
+from truetune.adapters.targets import output_head
+from truetune.adapters.token_rows import innermost
+from truetune.adapters.vocabulary import new_tokens, resized, rows_of_table
 from truetune.checkpoint.header import TensorEntry, few
 from truetune.checkpoint.tensors import load, name_in_checkpoint
 from truetune.errors import AdapterError
@@ -42,20 +46,26 @@ def fold(model: nn.Module, file: AdapterFile, entries: Mapping[str, TensorEntry]
     changes = _changes(model, file)
     attached = attachment(model)
     assert attached is not None
+    larger = _enlarged(model)
+    changes |= {name: _enlarge(changes.get(name), *sizes) for name, sizes in larger.items()}
     keys = list(entries)
     stored = {name: name_in_checkpoint(name, keys, prefix) for name in changes}
-    edits: dict[str, Edit | Addition] = {key: Edit(key, changes[name]) for name, key in stored.items() if key}
+    shapes = {name: (rows, *entries[key].shape[1:]) for name, (rows, _) in larger.items() if (key := stored[name])}
+    edits: dict[str, Edit | Addition] = {
+        key: Edit(key, changes[name], shape=shapes.get(name)) for name, key in stored.items() if key
+    }
     config: dict[str, Any] = {}
     shared = tuple(f"{path}.weight" for path in attached.untied or tied_paths(model))
     where = {name: name_in_checkpoint(name, keys, prefix) for name in shared}
-    if shared and attached.tied:
-        change = changes[shared[0]]
-        edits |= {key: Edit(key, change) for key in where.values() if key}  # some files hold the one matrix twice
+    if shared and (attached.tied or attached.one_matrix):
+        change, shape = changes[shared[0]], next((shapes[name] for name in shared if name in shapes), None)
+        # Some files hold the one matrix twice.
+        edits |= {key: Edit(key, change, shape=shape) for key in where.values() if key}
     elif set(shared) & set(changes):
         config["tie_word_embeddings"] = False
         for name, other in (shared, shared[::-1]):
             if not where[name] and (key := where[other]):
-                edits[name] = _of_its_own(name, changes.get(name), entries[key])
+                edits[name] = _of_its_own(name, changes.get(name), entries[key], shapes.get(other))
     if missing := [name for name, key in stored.items() if not key and name not in shared]:
         raise AdapterError(
             f"the base's files have no tensor {', '.join(missing[:5])}" + (" …" if len(missing) > 5 else ""),
@@ -83,9 +93,37 @@ def check_plain(file: AdapterFile, changes: Fold, entries: Mapping[str, TensorEn
         )
 
 
-def _of_its_own(name: str, change: Change | None, source: TensorEntry) -> Addition:
+def _of_its_own(
+    name: str, change: Change | None, source: TensorEntry, shape: tuple[int, ...] | None = None
+) -> Addition:
     """Table and head were one tensor and now differ: the one that the files lacked gets a tensor too."""
-    return Addition(name, source.dtype, source.shape, lambda: change(load(source)) if change else load(source))
+    return Addition(name, source.dtype, shape or source.shape, lambda: change(load(source)) if change else load(source))
+
+
+def _enlarged(model: nn.Module) -> dict[str, tuple[int, int | None]]:
+    """Name of a tensor → ``(rows, of how many the new ones are the mean)``, where new tokens made it larger."""
+    attached, new = attachment(model), new_tokens(model)
+    rows = rows_of_table(model)
+    if attached is None or attached.grew_from in (None, rows):
+        return {}
+    ends = (model.get_input_embeddings(), output_head(model))  # type: ignore[operator]
+    layers = {id(innermost(layer)) for layer in ends if layer is not None}
+    found: dict[str, tuple[int, int | None]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if id(module) in layers:
+            own = re.sub(r"(\.base)+$", "", path)
+            found |= {f"{own}.{name}": (rows, new.known if new else None) for name, _ in module.named_parameters()}
+    return found
+
+
+def _enlarge(then: Change | None, rows: int, known: int | None) -> Change:
+    """More rows, and then what the adapter does to all of them."""
+
+    def apply(tensor: Tensor) -> Tensor:
+        larger = resized(tensor, rows, known=known)
+        return then(larger) if then else larger
+
+    return apply
 
 
 def _changes(model: nn.Module, file: AdapterFile) -> dict[str, Change]:

@@ -7,7 +7,9 @@ one is read, changed and written, and the result appears under its name only whe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import contextlib
+import hashlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +18,9 @@ from torch import Tensor
 
 from truetune.checkpoint.header import PlannedTensor, TensorEntry
 from truetune.checkpoint.shards import ShardWriter
-from truetune.checkpoint.tensors import load, open_index
+from truetune.checkpoint.tensors import load, open_index, weight_files
 from truetune.errors import ModelError, nearest
-from truetune.export.new_folder import appearing, check_out, side_contents
+from truetune.export.new_folder import Partial, appearing, check_out, continued, side_contents
 from truetune.ops.allocator import return_freed_memory
 
 
@@ -28,13 +30,14 @@ class Edit:
 
     Args:
         name: as the base's files call it.
-        apply: pure; from the dense tensor as stored to a new one of the same shape.
-        dtype: what ``apply`` returns if it is not the stored dtype.
+        apply: pure; from the dense tensor as stored to a new one.
+        dtype, shape: what ``apply`` returns if it is not the stored dtype and shape.
     """
 
     name: str
     apply: Callable[[Tensor], Tensor]
     dtype: torch.dtype | None = None
+    shape: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,7 @@ class MergeReport:
     dropped: int
     nbytes: int
     files: tuple[str, ...]
+    kept: int = 0  # weight files that an earlier attempt had finished
 
 
 def merge_checkpoint(
@@ -69,6 +73,7 @@ def merge_checkpoint(
     extra_files: Mapping[str, bytes | Path] | None = None,
     max_shard_bytes: int = 5_000_000_000,
     progress: Callable[[int, int], None] | None = None,
+    identity: str = "",
 ) -> MergeReport:
     """Write ``base`` with ``edits`` to the new folder ``out``, holding one tensor at a time.
 
@@ -79,6 +84,8 @@ def merge_checkpoint(
             as a whole.
         extra_files: contents (or a file to copy) by name; they go before the base's files of that name.
         progress: called after each tensor with the bytes written so far and in all.
+        identity: of what the edits do. With it, weight files that an earlier attempt at the same finished before it was
+            killed are kept, and ``MANIFEST.json`` lists every file with its hash.
 
     Raises:
         ModelError: the base has no readable safetensors weights or config, or lacks a tensor that is edited.
@@ -95,17 +102,54 @@ def merge_checkpoint(
     beside = sum(len(content) if isinstance(content, bytes) else content.stat().st_size for content in files.values())
     done = 0
     with (
-        appearing(out.resolve(), files, total + beside) as partial,
-        ShardWriter(partial, plan, max_shard_bytes=max_shard_bytes) as writer,
+        _partial(
+            base,
+            out.resolve(),
+            files,
+            plan,
+            needed=total + beside,
+            identity=identity and f"{identity} {max_shard_bytes}",
+        ) as partial,
+        ShardWriter(
+            partial.path,
+            plan,
+            max_shard_bytes=max_shard_bytes,
+            finished=partial.finished if identity else None,
+            kept=partial.kept,
+        ) as writer,
     ):
         for tensor in plan:
-            _write(writer, tensor.name, edits.get(tensor.name), entries)
+            if writer.waits_for(tensor.name):
+                _write(writer, tensor.name, edits.get(tensor.name), entries)
             done += tensor.nbytes
             if progress is not None:
                 progress(done, total)
     edited = sum(isinstance(edit, Edit) for edit in edits.values())
     added = len(edits) - edited
-    return MergeReport(len(plan) - len(edits), edited, added, len(set(drop)), total, tuple(sorted(files)))
+    return MergeReport(
+        len(plan) - len(edits), edited, added, len(set(drop)), total, tuple(sorted(files)), len(partial.kept)
+    )
+
+
+@contextlib.contextmanager
+def _partial(
+    base: Path,
+    out: Path,
+    files: Mapping[str, bytes | Path],
+    plan: Sequence[PlannedTensor],
+    *,
+    needed: int,
+    identity: str,
+) -> Iterator[Partial]:
+    """The folder to write to; one that goes on with an earlier attempt where what is made has an identity."""
+    if not identity:
+        with appearing(out, files, needed) as path:
+            yield Partial(path)
+        return
+    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in weight_files(base)]
+    whole = hashlib.sha256(repr((identity, stats, plan)).encode()).hexdigest()
+    with continued(out, files, needed, identity=whole) as partial:
+        yield partial
 
 
 def _check_edits(
@@ -138,7 +182,8 @@ def _plan(
     plan = []
     for entry in kept:
         edit = edits.get(entry.name)
-        plan.append(PlannedTensor(entry.name, (edit and edit.dtype) or entry.dtype, entry.shape))
+        shape = edit.shape if isinstance(edit, Edit) and edit.shape else entry.shape
+        plan.append(PlannedTensor(entry.name, (edit and edit.dtype) or entry.dtype, shape))
     new = [edit for edit in edits.values() if isinstance(edit, Addition)]
     return plan + [PlannedTensor(edit.name, edit.dtype, edit.shape) for edit in new]
 

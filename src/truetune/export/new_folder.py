@@ -7,10 +7,12 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from truetune.checkpoint.disk import require_space, sync, writing
+from truetune.checkpoint.atomic import sha256, write_manifest
+from truetune.checkpoint.disk import LOCK, alone, require_space, sync, writing
 from truetune.checkpoint.side_files import side_files
 from truetune.errors import ModelError, OutputError
 
@@ -65,6 +67,95 @@ def _write_files(folder: Path, files: Mapping[str, bytes | Path]) -> None:
             os.fsync(file.fileno())
 
 
+@dataclass(frozen=True)
+class Partial:
+    """A folder that is being filled, and what an earlier attempt at the very same had finished in it.
+
+    Attributes:
+        path: the folder, under its other name.
+        kept: weight files that are whole, each with its SHA-256.
+    """
+
+    path: Path
+    kept: Mapping[str, str] = field(default_factory=dict)
+
+    def finished(self, name: str, digest: str) -> None:
+        """Note a weight file that is whole, for a later attempt and for the list of all files."""
+        with (self.path / _DONE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps([name, digest]) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+_DONE = ".done.jsonl"
+
+
+@contextlib.contextmanager
+def continued(out: Path, files: Mapping[str, bytes | Path], needed: int, *, identity: str) -> Iterator[Partial]:
+    """As ``appearing``, for work that a kill should not lose: the weight files that were finished are found again.
+
+    The folder gets a ``MANIFEST.json`` with size and SHA-256 of each file.
+
+    Args:
+        identity: of all that decides the content, files and all; another one starts anew.
+    Raises:
+        OutputError: another process is writing the same.
+    """
+    partial = out.with_name(f".{out.name}.{identity[:16]}.partial")
+    with writing(out.parent, needed=needed):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir(exist_ok=True)
+    with alone(partial):
+        try:
+            kept = _whole(partial)
+            with writing(out.parent, needed=needed):
+                _clear(partial, but=kept)
+                require_space(out.parent, needed - sum((partial / name).stat().st_size for name in kept))
+                _write_files(partial, files)
+            folder = Partial(partial, kept)
+            yield folder
+            with writing(out.parent, needed=needed):
+                _list_files(partial, files)
+                _take_name(partial, out)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def _whole(partial: Path) -> dict[str, str]:
+    """The weight files that an earlier attempt finished and that still are what they were."""
+    try:
+        lines = (partial / _DONE).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return {}
+    found = {}
+    for line in lines:
+        with contextlib.suppress(ValueError, OSError):  # a line that the kill cut short
+            name, digest = json.loads(line)
+            if sha256(partial / name) == digest:
+                found[str(name)] = str(digest)
+    return found
+
+
+def _clear(partial: Path, *, but: Collection[str]) -> None:
+    for path in partial.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in (*but, _DONE, LOCK):
+            path.unlink()
+
+
+def _list_files(partial: Path, files: Mapping[str, bytes | Path]) -> None:
+    """Write the manifest; the weights' digests were taken while they were written."""
+    digests = dict(map(json.loads, (partial / _DONE).read_text(encoding="utf-8").splitlines()))
+    (partial / _DONE).unlink()
+    (partial / LOCK).unlink(missing_ok=True)
+    for path in partial.rglob("*"):
+        if path.is_file() and (name := path.relative_to(partial).as_posix()) not in digests:
+            digests[name] = sha256(path)
+    write_manifest(partial, digests)
+
+
 @contextlib.contextmanager
 def appearing(out: Path, files: Mapping[str, bytes | Path], needed: int) -> Iterator[Path]:
     """A folder beside ``out`` with ``files`` in it; takes the name of ``out`` at the end, is removed on any failure."""
@@ -77,10 +168,14 @@ def appearing(out: Path, files: Mapping[str, bytes | Path], needed: int) -> Iter
             _write_files(partial, files)
         yield partial
         with writing(out.parent, needed=needed):
-            if out.is_dir():
-                out.rmdir()  # empty, as checked; a rename onto a folder is not allowed everywhere
-            partial.rename(out)
-            sync(out.parent)
+            _take_name(partial, out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _take_name(partial: Path, out: Path) -> None:
+    if out.is_dir():
+        out.rmdir()  # empty, as checked; a rename onto a folder is not allowed everywhere
+    partial.rename(out)
+    sync(out.parent)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from truetune.adapters.files import AdapterFile
+from truetune.config.mismatch import Mismatch
 from truetune.config.quant import QuantRecipe
+from truetune.data.template import Template, asks_for_date, pin_date
 from truetune.errors import AdapterError
 from truetune.export.onto import recipe_of
 from truetune.models import load
+from truetune.models.tokenizer import ChatTokenizer
 
 
 def base_name(model: str) -> str:
@@ -29,21 +33,22 @@ def describe_base(model: str, revision: str | None, config: Any) -> dict[str, An
     }
 
 
-def check_base(file: AdapterFile, model: str, folder: Path | None, *, allow_other: bool) -> None:
+def check_base(file: AdapterFile, model: str, folder: Path | None, *, allowed: Collection[Mismatch] = ()) -> None:
     """Compare a base with the one an adapter was trained on: by the weights, or by name where their hash is not known.
 
     Args:
         model: as the user names it.
         folder: where its files are.
+        allowed: the differences that are meant.
     Raises:
         AdapterError: they differ, and nobody said that this is meant.
     """
-    if allow_other:
+    if "base" in allowed:
         return
     card = file.card.get("base") or {}
     name, known = card.get("name") or file.config.get("base_model_name_or_path"), card.get("weights_sha256")
     found = load.weight_hash(folder) if known and folder else ""
-    way_out = ("way out", "pass the base it was trained on, or --allow-other-base if the difference is meant")
+    way_out = ("way out", "pass the base it was trained on, or --allow-mismatch base if the difference is meant")
     if known and found:
         if found != known:
             raise AdapterError(
@@ -58,6 +63,65 @@ def check_base(file: AdapterFile, model: str, folder: Path | None, *, allow_othe
             ("trained on", str(name)),
             ("found", model),
             way_out,
+        )
+
+
+def check_same_base(parents: Sequence[AdapterFile]) -> None:
+    """Compare the bases of adapters that are to be used together: by the weights, or by name where a hash is missing.
+
+    Raises:
+        AdapterError: two of them were trained on different bases.
+    """
+    first, *others = parents
+    one = first.card.get("base") or {}
+    name = str(one.get("name") or first.config.get("base_model_name_or_path") or "")
+    for file in others:
+        base = file.card.get("base") or {}
+        other = str(base.get("name") or file.config.get("base_model_name_or_path") or "")
+        hashes = one.get("weights_sha256"), base.get("weights_sha256")
+        same = hashes[0] == hashes[1] if all(hashes) else not (name and other) or _may_be_the_same(name, other)
+        if not same:
+            raise AdapterError(
+                f"{file.folder} was trained on another base than {first.folder}",
+                ("one", f"{name} ({str(hashes[0])[:12]})"),
+                ("other", f"{other} ({str(hashes[1])[:12]})"),
+                ("way out", "adapters of one base; --allow-mismatch base if the difference is meant"),
+            )
+
+
+def check_template(file: AdapterFile, template: Template | None, *, allowed: Collection[Mismatch] = ()) -> None:
+    """Compare the template that was asked for with the one an adapter was trained on; one made elsewhere names none.
+
+    Raises:
+        AdapterError: they word prompts in two ways, and nobody said that this is meant.
+    """
+    trained = file.card.get("template")
+    if not trained or "template" in allowed:
+        return
+    day = file.card.get("date")
+    asked = pin_date(template, day) if template and day and asks_for_date(template) else template
+    if asked is None or asked.digest != trained["sha256"]:
+        raise AdapterError(
+            f"{file.folder} was trained on another template",
+            ("trained on", f"{trained['name']} ({trained['sha256'][:8]})"),
+            ("found", f"{asked.name} ({asked.digest[:8]})" if asked else "none: the bare prompt"),
+            ("way out", "leave --template out: the adapter brings its own; --allow-mismatch template if it is meant"),
+        )
+
+
+def check_tokenizer(file: AdapterFile, tokenizer: ChatTokenizer, *, allowed: Collection[Mismatch] = ()) -> None:
+    """Compare a base's vocabulary with the one an adapter was trained with, where it tells.
+
+    Raises:
+        AdapterError: the same text would be other tokens.
+    """
+    known = (file.card.get("base") or {}).get("vocabulary_sha256")
+    if known and "tokenizer" not in allowed and (found := tokenizer.vocabulary_hash) != known:
+        raise AdapterError(
+            f"{file.folder} was trained with another vocabulary than that of this base's tokenizer",
+            ("trained on", known[:12]),
+            ("found", found[:12]),
+            ("way out", "the tokenizer's files of that base; --allow-mismatch tokenizer if the difference is meant"),
         )
 
 

@@ -15,12 +15,14 @@ from truetune.config.generate import GenerateConfig
 from truetune.config.merge import MergeConfig
 from truetune.config.resolve import Resolved, resolve
 from truetune.config.sft import SFTConfig
+from truetune.config.verify import VerifyConfig
 from truetune.data.stdlib import HELD_OUT, parses
 from truetune.errors import OutputError
 from truetune.generate.answer import Sampling, answer_all
 from truetune.recipes import demo_data, demo_report, merge, sft
 from truetune.recipes.generate import load_speaker
 from truetune.recipes.quality import Contestant, measure, spread
+from truetune.recipes.verify import prove
 from truetune.train.log import Screen
 from truetune.train.memory import peak_mb
 
@@ -49,16 +51,19 @@ def run(resolved: Resolved[DemoConfig]) -> dict[str, Any]:
     contest = functools.partial(_contestant, held_out, questions, screen)
     before = contest("base", model=str(base))
     after = contest("adapter", model=str(base), adapter=str(adapter))
-    proof = contest("merged", model=str(merged), template="auto")
-    facts = demo_report.facts(before, after, proof, questions, parses=parses)
+    answering = contest("merged", model=str(merged), template="auto")
+    facts = demo_report.facts(before, after, answering, questions, parses=parses)
+    proof = prove(resolve(VerifyConfig, file=None, flags={"run": str(out / "run")}).config, screen)
     facts |= {
+        "verify": proof.facts["verdict"],
+        "proof": proof.facts["artefacts"],
         "tok_s": trained["tok_s"],
         "train_seconds": trained["seconds"],
         "seconds": round(time.perf_counter() - began, 1),
         "peak_mb": round(peak_mb(), 1),
         "merged": str(merged),
     }
-    demo_report.show(facts, before, after, questions)
+    demo_report.show(facts, before, after, questions, proof=proof.show)
     write_text(out / _MARK, json.dumps(facts, indent=1))
     return facts
 

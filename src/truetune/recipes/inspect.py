@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from truetune.adapters import files
+from truetune.adapters.vocabulary import NewTokens
 from truetune.checkpoint import atomic, run_state
 from truetune.checkpoint.tensors import open_index
 from truetune.config.inspect import InspectConfig
 from truetune.config.methods import METHODS
 from truetune.config.resolve import Resolved
-from truetune.data.duplicates import duplicates
+from truetune.data.duplicates import likeness, said
 from truetune.data.formats import detect, parse_rows
+from truetune.data.language import holds_code, scripts
 from truetune.data.read import read_rows
 from truetune.data.rejects import counts
 from truetune.data.sources import suffix_of
@@ -110,6 +112,7 @@ def _adapter(path: Path) -> dict[str, Any]:
         "base": file.config.get("base_model_name_or_path"),
         **config.model_dump(mode="json", exclude={"trainable"}, exclude_defaults=config.kind != "lora"),
         "trainable": [*config.trainable, *(file.config.get("modules_to_save") or ())],
+        "new_tokens": new.ids if (new := NewTokens.of_card(card)) else {},
         "tensors": len(file.tensors),
         "parameters": sum(t.numel() for t in file.tensors.values()),
         "size_mb": round(sum(t.numel() * t.element_size() for t in file.tensors.values()) / 1e6, 2),
@@ -158,6 +161,7 @@ def _data(path: Path) -> dict[str, Any]:
     form = detect(raw) if raw else "none: no row can be read"
     rows, misfits = parse_rows(raw, "auto") if raw else ([], [])
     roles = Counter(message.role for row in rows for message in row.messages)
+    alike = likeness(rows)
     return {
         "kind": "data",
         "format": form,
@@ -165,7 +169,11 @@ def _data(path: Path) -> dict[str, Any]:
         "usable": len(rows),
         "faulty": counts([*unreadable, *misfits]),
         "first_faults": [f"row {r.origin.row}: {r.detail}" for r in [*unreadable, *misfits][:5]],
-        "repeated": len(duplicates(rows)),
+        "repeated": len(alike.repeats),
+        "nearly_repeated": len(alike.near),
+        "first_repeats": [str(pair) for pair in alike.near[:5]],
+        "letters": {name: f"{share:.1%}" for name, share in scripts(map(said, rows)).items() if share >= 0.001},
+        "rows_with_code": sum(holds_code(said(row)) for row in rows),
         "messages": dict(roles),
         "characters": sum(len(m.content) for row in rows for m in row.messages) + sum(len(row.text) for row in rows),
     }

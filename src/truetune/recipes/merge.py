@@ -1,13 +1,15 @@
-"""``truetune merge``: fold an adapter into its base, tensor by tensor."""
+"""``truetune merge``: fold adapters into their base, tensor by tensor, or make one adapter of several."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import truetune
 from truetune.adapters import files
 from truetune.config.merge import MergeConfig
 from truetune.config.quant import QuantRecipe
@@ -19,8 +21,14 @@ from truetune.export.new_folder import check_out
 from truetune.export.onto import Drift
 from truetune.export.quantize import quantize_checkpoint
 from truetune.models import load
+from truetune.models.tokenizer import ChatTokenizer
+from truetune.recipes import merge_adapters
 from truetune.recipes.adapter import check_base
+from truetune.recipes.artefacts import note_artefact
+from truetune.recipes.merge_forecast import forecast, identity_of
 from truetune.recipes.merge_plan import plan_merge
+from truetune.recipes.new_tokens import files_of, tokenizer_of
+from truetune.recipes.verify import after_merge, check_provable
 from truetune.train.log import Screen
 from truetune.train.memory import peak_mb
 
@@ -28,13 +36,30 @@ from truetune.train.memory import peak_mb
 def run(resolved: Resolved[MergeConfig]) -> dict[str, Any]:
     """Merge as the config says; returns what ``--json`` prints."""
     config, screen = resolved.config, Screen()
-    base = load.local_copy(config.model, revision=config.revision)
-    file = files.read(Path(config.adapter).expanduser())
-    check_base(file, config.model, base, allow_other=config.allow_other_base)
+    parents = merge_adapters.read_all(config)
+    name = config.model or merge_adapters.named_base(parents)
+    base = load.local_copy(name, revision=config.revision)
+    for parent in parents.values():
+        check_base(parent, name, base, allowed=config.allowed)
+    if config.to == "adapter":
+        return merge_adapters.run(config, parents, load.load_config(str(base)), screen)
+    return _into_base(config, parents, name, base, screen)
+
+
+def _into_base(
+    config: MergeConfig, parents: Mapping[str, files.AdapterFile], name: str, base: Path, screen: Screen
+) -> dict[str, Any]:
+    """Write a model: the base under ``name`` with one adapter in it, or with what several are together."""
     model_config = load.load_config(str(base))
+    file = next(iter(parents.values()))
+    if config.combines:
+        file = merge_adapters.combined(config, parents, model_config, screen)
+    if config.verify:
+        check_provable(str(file.folder), name)
     plan = plan_merge(config, file, base, model_config)
     changes = plan.changes
-    screen.say("merge", f"{config.adapter} → {config.model}: {len(changes.edits)} tensors change")
+    how = f" ({config.combine})" if len(parents) > 1 else ""
+    screen.say("merge", f"{' + '.join(config.adapter)} → {name}{how}: {len(changes.edits)} tensors change")
     if file.card and file.card.get("template", "") is None:
         screen.note("the adapter was trained on bare text, without a chat template; one that the base has stays with "
                     "the model, which was not trained on it: generate --template none")  # fmt: skip
@@ -43,6 +68,15 @@ def run(resolved: Resolved[MergeConfig]) -> dict[str, Any]:
     out = Path(config.out).expanduser()
     recipe = config.recipe()
     check_out(base, out)
+    screen.note(str(ahead := forecast(base, out, changes.edits, packed=bool(plan.drift or recipe))))
+    # A packed base's drift is summed up over all of its layers, so that it starts anew each time.
+    identity = (
+        ""
+        if recipe or plan.drift
+        else identity_of(
+            [parent.folder for parent in parents.values()], f"{truetune.__version__} {plan.onto} {config.how}"
+        )
+    )
     dense = out if recipe is None else out.with_name(f".{out.name}.{os.getpid()}.dense")
     with screen.bar("writing") as progress:
         report = merge_checkpoint(
@@ -51,10 +85,15 @@ def run(resolved: Resolved[MergeConfig]) -> dict[str, Any]:
             changes.edits,
             drop=plan.drop,
             config_updates=changes.config,
-            extra_files=_extra_files(base, file),
+            extra_files=_tokenizer_files(config, file, screen) | _extra_files(base, file),
             max_shard_bytes=int(config.max_shard_gb * 1e9),
             progress=progress,
+            identity=identity,
         )
+    if report.kept:
+        screen.note(f"{report.kept} weight files were finished by an earlier attempt, and were kept")
+    for left in sorted(out.parent.glob(f".{out.name}.*.partial")):
+        screen.note(f"{left} is left of another merge that was killed: remove it, or repeat that merge")
     if recipe:
         _pack(dense, out, recipe, config, screen, drift=plan.drift)
     screen.say("done", f"{config.out}: {report.nbytes / 1e6:,.0f} MB, {report.edited + report.added} tensors changed, "
@@ -62,7 +101,9 @@ def run(resolved: Resolved[MergeConfig]) -> dict[str, Any]:
     if plan.drift:
         screen.note(f"the packed layers are within {plan.drift.relative:.2%} of the model as it was trained "
                     f"(merged onto the {plan.onto} weights)")  # fmt: skip
-    return {
+    if not config.combines:
+        note_artefact(file.folder, out)
+    result = {
         "out": config.out,
         "onto": plan.onto,
         "drift": plan.drift.relative if plan.drift else None,
@@ -71,7 +112,13 @@ def run(resolved: Resolved[MergeConfig]) -> dict[str, Any]:
         "copied": report.copied,
         "bytes": report.nbytes,
         "peak_mb": round(peak_mb(), 1),
+        "forecast": {"ram_mb": round(ahead.ram_mb, 1), "disk_mb": round(ahead.disk_mb, 1), "seconds": ahead.seconds},
+        "kept": report.kept,
     }
+    if config.verify:
+        proof = after_merge(str(file.folder), config.out, name, allow_mismatch=sorted(config.allowed))
+        result |= {"verify": proof["verdict"], "exit_code": proof["exit_code"]}
+    return result
 
 
 def _pack(
@@ -97,6 +144,16 @@ def _pack(
     far = f"; they are within {drift.repacked:.2%} of the model as it was trained" if drift and drift.repacked else ""
     screen.note(f"packed ({recipe}): {report.nbytes / 1e6:,.0f} MB, which changed the merged weights by "
                 f"{report.relative_error:.1%} of their norm{far}")  # fmt: skip
+
+
+def _tokenizer_files(config: MergeConfig, file: files.AdapterFile, screen: Screen) -> dict[str, bytes | Path]:
+    """Those of the tokenizer with the tokens that the adapter brings; none where it brings none."""
+    if not file.settings.token_rows:
+        return {}
+    own = ChatTokenizer.load(str(config.model), revision=config.revision)
+    before = len(own.hf)
+    tokenizer = tokenizer_of(file, own, screen)
+    return files_of(tokenizer) if len(tokenizer.hf) > before else {}
 
 
 def _extra_files(base: Path, file: files.AdapterFile) -> dict[str, bytes | Path]:

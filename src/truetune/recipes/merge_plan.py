@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 
 from truetune.adapters import files
+from truetune.adapters.inject import attachment
+from truetune.adapters.vocabulary import rows_of_table
 from truetune.checkpoint.tensors import open_index
 from truetune.config.merge import MergeConfig
 from truetune.config.methods import METHODS
@@ -18,6 +20,7 @@ from truetune.export.fold import Fold, check_plain, fold
 from truetune.export.onto import Drift, on_quantised, recipe_of, stored_packed, unpacked
 from truetune.models import load
 from truetune.quant.replace import linear_layers, quantisable
+from truetune.recipes.new_tokens import vocabulary_update
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ def plan_merge(config: MergeConfig, file: files.AdapterFile, base: Path, model_c
             f"{file.folder} was made by {file.settings.kind}, which does not fold into weights",
             ("way out", "serve it beside its base: truetune generate --model BASE --adapter DIR"),
         )
-    stored, trained_on = load.check_readable(config.model, model_config), recipe_of(file.card)
+    stored, trained_on = load.check_readable(str(base), model_config), recipe_of(file.card)
     dtype = _dtype(file, model_config)
     entries = open_index(base)
     model = load.skeleton(load.dense_config(model_config), dtype=dtype)
@@ -56,7 +59,7 @@ def plan_merge(config: MergeConfig, file: files.AdapterFile, base: Path, model_c
     again = config.recipe()
     drift = Drift(again, quantisable(model, again) if again else (), load.checkpoint_dtype(model_config))
     files.load(model, file)
-    changes = fold(model, file, entries, prefix=prefix)
+    changes = _with_vocabulary(fold(model, file, entries, prefix=prefix), model, base)
     _check_onto(config, stored, trained_on)
     if recipe is None:
         check_plain(file, changes, entries)
@@ -70,6 +73,14 @@ def plan_merge(config: MergeConfig, file: files.AdapterFile, base: Path, model_c
         changes.edits, layers, entries, recipe, onto=onto, dtype=dtype, prefix=prefix, drift=drift
     )  # fmt: skip
     return MergePlan(Fold(edits, changes.config), (), onto, drift)
+
+
+def _with_vocabulary(changes: Fold, model: Any, base: Path) -> Fold:
+    """Where the adapter brought tokens, the config tells of as many rows as there are."""
+    attached = attachment(model)
+    if attached is None or attached.grew_from in (None, rows := rows_of_table(model)):
+        return changes
+    return Fold(changes.edits, {**changes.config, **vocabulary_update(base, rows)})
 
 
 def _check_onto(config: MergeConfig, stored: QuantRecipe | None, trained_on: QuantRecipe | None) -> None:

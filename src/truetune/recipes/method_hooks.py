@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 
+from truetune.adapters.adalora import AdaLoRALinear
 from truetune.adapters.inject import adapters
 from truetune.adapters.partial import LayerDraws
 from truetune.adapters.rank_allocation import RankAllocation, SVDLayer
@@ -22,8 +23,8 @@ def method_hooks(
     """The hooks of a run; made before its state is restored, because they say what that state is."""
     if isinstance(config, Lisa):
         return Hooks(around=partial(LayerDraws(model, config, seed=seed).at, optimizer=optimizer))
-    if isinstance(config, AdaLoRA):
-        layers = {path: cast(SVDLayer, layer) for path, layer in adapters(model)}
+    if isinstance(config, AdaLoRA) and not config.trained.kept:  # else its ranks are final
+        layers = {path: cast(SVDLayer, layer) for path, layer in adapters(model) if isinstance(layer, AdaLoRALinear)}
         allocation = RankAllocation(layers, config, steps)
         return Hooks(penalty=allocation.penalty if config.orthogonality else None, after_update=allocation.after_update)
     return Hooks()

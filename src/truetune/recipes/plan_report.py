@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from truetune.adapters.inject import tune
 from truetune.adapters.partial import at_once
 from truetune.adapters.virtual import virtual_ids
 from truetune.checkpoint.atomic import write_text
@@ -20,6 +19,8 @@ from truetune.models import load
 from truetune.models.layers import decoder_layers
 from truetune.models.precision import name_of
 from truetune.ops.probe import gemm_rate
+from truetune.recipes.continued import put_on
+from truetune.recipes.data import Prepared
 from truetune.recipes.memory_plan import MemoryPlan, copied_mb, memory_plan
 from truetune.recipes.setup import Setup
 from truetune.train.estimate import count_parameters, flops_per_token, text_shape
@@ -44,9 +45,9 @@ def outline(setup: Setup, screen: Screen) -> dict[str, Any]:
     if recipe := stored_as(setup):
         load.plan_quantised(model, recipe, dtype=setup.precision.storage)
     copied = copied_mb(setup, model) if config.max_memory else None
-    sites = tune(model, config.adapter(), seed=config.seed, prompt_ids=setup.prompt_ids)
-    with at_once(model, config.adapter(), seed=config.seed):
-        return _planned(setup, model, screen, base=base, sites=len(sites), copied=copied)
+    sites = put_on(setup, model)
+    with at_once(model, config.method_settings(), seed=config.seed):
+        return _planned(setup, model, screen, base=base, sites=sites, copied=copied)
 
 
 def _planned(
@@ -68,9 +69,10 @@ def _planned(
     )
     estimate = memory.estimate
     seconds = _seconds(setup, plan, everything, share)
+    begun = f" from {setup.start.folder}" if setup.start else ""
     screen.say(
         "plan",
-        f"{plan.steps} steps of {config.batch_size} examples · about {_duration(seconds)} · "
+        f"{plan.steps} steps of {config.batch_size} examples{begun} · about {_duration(seconds)} · "
         f"peak {estimate.total / 1e3:.1f} GB" + _of(config.max_memory, available),
     )
     if available is not None and estimate.total > available:
@@ -110,9 +112,9 @@ def _say_memory(memory: MemoryPlan, screen: Screen, *, layers: int) -> None:
 
 def _check_vocabulary(setup: Setup) -> None:
     """A token that the model has no row for would end the run in the middle of a step."""
-    size = text_shape(setup.model_config)["vocab"]
+    size = setup.new.after if setup.new else text_shape(setup.model_config)["vocab"]
     sets = [found for found in (setup.prepared.train, setup.prepared.held_out) if found]
-    highest = max(int(found.tokens.max()) for found in sets)
+    highest = max(found.highest() for found in sets)
     if highest >= size:
         raise ModelError(
             f"--model: its tokenizer gives token {highest} ({setup.tokenizer.decode([highest])!r}), and the model's "
@@ -128,9 +130,13 @@ def _count(parameters: int) -> str:
 
 
 def default_micro_tokens(setup: Setup) -> int:
-    """Tokens per micro-batch when nobody says: what was recorded, what was asked for, else 768 or the longest row."""
-    longest = int(setup.prepared.train.lengths.max())
-    return setup.facts.get("micro_tokens") or setup.config.micro_tokens or max(768, longest)
+    """Tokens per micro-batch when nobody says: what was recorded, else as ``micro_tokens_for``."""
+    return setup.facts.get("micro_tokens") or micro_tokens_for(setup.prepared, setup.config.micro_tokens)
+
+
+def micro_tokens_for(prepared: Prepared, asked: int | None) -> int:
+    """What was asked for, else 768 or the longest row."""
+    return asked or max(768, int(prepared.train.lengths.max()))
 
 
 def fill(plan: StepPlan) -> float:
@@ -138,9 +144,8 @@ def fill(plan: StepPlan) -> float:
     if plan.packing:
         return 1.0
     real = computed = 0
-    all_lengths = plan.data.lengths.tolist()
     for step in range(min(plan.steps, -(-len(plan.data) // plan.batch_size))):
-        lengths = [all_lengths[i] for i in plan.examples(step)]
+        lengths = plan.data.lengths_of(plan.examples(step))
         for members in group(lengths, plan.micro_tokens, packing=False):
             real += sum(lengths[i] for i in members)
             computed += len(members) * max(lengths[i] for i in members)
@@ -208,7 +213,11 @@ def _say_data(setup: Setup, screen: Screen) -> None:
         + (" (tokens from the cache)" if setup.prepared.cached else "")
     )
     if template := setup.prepared.template:
-        screen.note(f"template: {template.name} ({template.digest[:8]}) · every answer ends in a stop token, trained")
+        cut = report["truncated"]["rows"]
+        screen.note(
+            f"template: {template.name} ({template.digest[:8]}) · every answer ends in a stop token, trained"
+            + (f"; {cut:,} rows were cut, and may have lost theirs" if cut else "")
+        )
 
 
 def _say_model(setup: Setup, screen: Screen, *, base: int, trained: int, sites: int) -> None:
@@ -221,7 +230,7 @@ def _say_model(setup: Setup, screen: Screen, *, base: int, trained: int, sites: 
     )
     if recipe := stored_as(setup):
         screen.note(f"its linear layers in {recipe}; the head, embeddings and norms as they are")
-    how = describe_method(config.adapter(), sites)
+    how = describe_method(config.method_settings(), sites)
     screen.say("method", f"{config.method}  {how} · {_count(trained)} trained ({trained / base:.1%})")
 
 
@@ -232,8 +241,7 @@ def _micro_tokens(plan: StepPlan) -> int:
 
 def _step_tokens(plan: StepPlan) -> int:
     """Tokens of the largest of the first steps: a micro-batch can't hold more than its step."""
-    lengths: list[int] = plan.data.lengths.tolist()
-    return max(sum(lengths[i] for i in plan.examples(step)) for step in range(min(plan.steps, 20)))
+    return max(sum(plan.data.lengths_of(plan.examples(step))) for step in range(min(plan.steps, 20)))
 
 
 def _seconds(setup: Setup, plan: StepPlan, parameters: int, share: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import asdict
 from importlib.metadata import version
@@ -16,7 +17,7 @@ from truetune.data.sources import find_files
 from truetune.data.template import with_default_system
 from truetune.eval.perplexity import Evaluation
 from truetune.models import load
-from truetune.recipes import run_report
+from truetune.recipes import run_report, verify_reference
 from truetune.recipes.adapter import base_name, describe_base
 from truetune.recipes.plan_report import stored_as
 from truetune.recipes.setup import Setup
@@ -35,9 +36,12 @@ def finish(
         with atomic_folder(out / "adapter", manifest=False) as folder:
             write_trained(model, folder, base=base_name(setup.config.model), card=card)
             _lift(folder / "adapter", folder)
+            if setup.new:
+                setup.tokenizer.save(folder, _template_with_system(setup))
         where = out / "adapter"
     else:
         where = _write_model(setup, model, out / "model", card)
+    verify_reference.record(setup, model, autocast=functools.partial(setup.precision.context, setup.device))
     losses = run_report.read_losses(setup.folder.log)
     run_report.plot(losses, out / "loss.png")
     write_text(out / "report.md", run_report.report(setup, card, losses, where))
@@ -101,7 +105,10 @@ def make_card(setup: Setup, progress: Progress, evaluation: Evaluation | None) -
     config, template = setup.config, setup.prepared.template
     return {
         "format": 1,
-        "base": describe_base(config.model, config.revision, setup.model_config),
+        "base": {
+            **describe_base(config.model, config.revision, setup.model_config),
+            "vocabulary_sha256": setup.tokenizer.vocabulary_hash,
+        },
         "template": {"name": template.name, "source": template.source, "sha256": template.digest} if template else None,
         "system": setup.prepared.system,
         "date": setup.prepared.date,
@@ -137,11 +144,15 @@ def _write_model(setup: Setup, model: Any, path: Path, card: dict[str, Any]) -> 
     """The fully tuned model, in its checkpoint's dtype, loadable by transformers."""
     with atomic_folder(path, manifest=False) as folder:
         load.save_model(model.to(load.checkpoint_dtype(setup.model_config)), folder)
-        prepared = setup.prepared
-        template = with_default_system(prepared.template.source, prepared.system) if prepared.template else None
-        setup.tokenizer.save(folder, template)
+        setup.tokenizer.save(folder, _template_with_system(setup))
         (folder / "truetune.json").write_text(json.dumps(card, indent=2, ensure_ascii=False), encoding="utf-8")
     return path
+
+
+def _template_with_system(setup: Setup) -> str | None:
+    """The template's source as the tokenizer's files take it; None for bare text."""
+    prepared = setup.prepared
+    return with_default_system(prepared.template.source, prepared.system) if prepared.template else None
 
 
 def _lift(inner: Path, outer: Path) -> None:

@@ -34,7 +34,8 @@ _FREE = {
     "max_memory",
 }
 
-_WORDS = {"data": "data", "held_out": "held-out data", "base": "base model's weights"}
+_WORDS = {"tokens": "new tokens", "data": "data", "held_out": "held-out data", "base": "base model's weights",
+          "start": "adapter that it goes on from"}  # fmt: skip
 
 
 def read_settings(path: Path) -> dict[str, Any]:

@@ -22,8 +22,9 @@ def report(setup: Setup, card: dict[str, Any], losses: dict[str, list[tuple[int,
         "",
         f"- base: `{config.model}`"
         + (f", weights {card['base']['weights_sha256'][:12]}" if card["base"]["weights_sha256"] else ""),
-        f"- method: {config.method}, {describe_method(config.adapter())}",
+        f"- method: {config.method}, {describe_method(config.method_settings())}",
         f"- data: {', '.join(config.data)}; {data['read']:,} rows read, {data['used']:,} used, rejected: {rejected}",
+        f"- repeats: {_repeats(data)}",
         f"- tokens: {data['tokens']:,} in the data, {data['trained_tokens']:,} of them trained",
         f"- template: {card['template']['name'] if card['template'] else 'none (plain text)'}",
         f"- steps: {metrics['steps']:,}; {metrics['tokens']:,} tokens seen, padding not counted",
@@ -44,6 +45,15 @@ def report(setup: Setup, card: dict[str, Any], losses: dict[str, list[tuple[int,
     else:
         lines.append(f"truetune generate --model {where} --prompt '…'")
     return "\n".join([*lines, "```", ""])
+
+
+def _repeats(data: dict[str, Any]) -> str:
+    """What the rows repeat, and what of the held-out rows is trained on; with the rows that were cut."""
+    found, cut = data["repeats"], data["truncated"]
+    words = f"{found['exact']:,} rows to the letter, {found['near']:,} nearly"
+    if data["held_out"]:
+        words += f"; of the held-out rows {found['leaked']:,} are trained on, {found['near_leaked']:,} nearly"
+    return words + (f"; {cut['rows']:,} rows were cut by {cut['tokens']:,} tokens" if cut["rows"] else "")
 
 
 def plot(losses: dict[str, list[tuple[int, float]]], path: Path) -> None:

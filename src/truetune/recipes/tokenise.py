@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from truetune.config.sft import TrainConfig
+from truetune.config.sft import InstructionGroup, TrainConfig
 from truetune.data import rejects as rejected
-from truetune.data.duplicates import duplicates, shared
-from truetune.data.formats import parse_rows
+from truetune.data.duplicates import Likeness, likeness, said
+from truetune.data.intake import Intake
+from truetune.data.language import holds_code, letters, shares
 from truetune.data.length import truncation
+from truetune.data.policy import Policies
 from truetune.data.read import read_rows
 from truetune.data.schema import Reject, Row, TokenSet
 from truetune.data.sources import passed_over
@@ -42,36 +45,58 @@ class Told:
 
 @dataclass(frozen=True)
 class Source:
-    """Rows that were understood, those that were not, and how many there were."""
+    """Rows that were understood, those that were not, and how many there were.
 
-    rows: list[Row]
+    ``alike`` says what among them repeats what; ``letters`` and ``code_rows`` what they are written in.
+    """
+
+    rows: Sequence[Row]
     rejects: list[Reject]
     read: int
+    alike: Likeness = field(default_factory=Likeness)
+    letters: Counter[str] = field(default_factory=Counter)
+    code_rows: int = 0
 
 
 def sources(config: TrainConfig, form: str, screen: Told) -> tuple[Source, Source]:
     """``(to train on, held out)``; rows held out by ``--val-split`` were read, and are counted, with the first."""
+    source, held = _parted(config, form, screen)
+    alike = likeness(source.rows, held.rows)
+    for line in alike.warnings():
+        screen.warn(line)
+    texts = [said(row) for row in source.rows]
+    return replace(source, alike=alike, letters=letters(texts), code_rows=sum(map(holds_code, texts))), held
+
+
+def _parted(config: TrainConfig, form: str, screen: Told) -> tuple[Source, Source]:
     source = _read(config, config.data, form)
-    if others := passed_over([*config.data, *config.val_data]):
-        screen.warn(f"{len(others)} files are not data and are not read: {', '.join(others[:5])}")
-    _say_duplicates(source.rows, screen)
+    say_passed_over(config, screen)
     if config.val_data:
-        held_out = _read(config, config.val_data, form)
-        if both := shared(source.rows, held_out.rows):
-            named = ", ".join(map(str, both[:3])) + (f", … {len(both) - 3} more" if len(both) > 3 else "")
-            screen.warn(f"{len(both)} of {len(held_out.rows)} rows of --val-data are trained on too, so the held-out "
-                        f"loss flatters the result: {named}")  # fmt: skip
-        return source, held_out
+        return source, _read(config, config.val_data, form)
     if not config.val_split:
         return source, Source([], [], 0)
     train, held = split(source.rows, config.val_split)
-    if not (train and held):
+    check_parts(config, len(train), len(held))
+    return Source(train, source.rejects, source.read), Source(held, [], 0)
+
+
+def say_passed_over(config: TrainConfig, screen: Told) -> None:
+    """Name the files of a folder that are no data, and what is dropped from rows."""
+    if others := passed_over([*config.data, *config.val_data]):
+        screen.warn(f"{len(others)} files are not data and are not read: {', '.join(others[:5])}")
+    settings = ("thinking", "tools", "system_messages")
+    if dropped := [name.replace("_", " ") for name in settings if getattr(config, name, "") == "drop"]:
+        screen.note(f"dropped from the rows that bring them, as asked: {', '.join(dropped)}")
+
+
+def check_parts(config: TrainConfig, train: int, held_out: int) -> None:
+    """Refuse a ``--val-split`` that leaves one part without rows."""
+    if not (train and held_out):
         raise DataError(
-            f"--val-split {config.val_split:g}: of {len(source.rows)} rows, {len(train)} would be trained on and "
-            f"{len(held)} held out",
+            f"--val-split {config.val_split:g}: of {train + held_out} rows, {train} would be trained on and "
+            f"{held_out} held out",
             ("way out", "a larger share, more rows, or --val-data FILE"),
         )
-    return Source(train, source.rejects, source.read), Source(held, [], 0)
 
 
 def tokenise(config: TrainConfig, source: Source, held: Source, encode: Encode, limit: Limit) -> Tokenised:
@@ -80,8 +105,19 @@ def tokenise(config: TrainConfig, source: Source, held: Source, encode: Encode, 
     Raises:
         DataError: too many rows can't be used, or none is left.
     """
-    train, bad = encode(source.rows)
-    held_out, held_bad = encode(held.rows) if held.rows else (None, [])
+    return finish(config, source, held, encode(source.rows), encode(held.rows) if held.rows else (None, []), limit)
+
+
+def finish(
+    config: TrainConfig,
+    source: Source,
+    held: Source,
+    encoded: tuple[TokenSet, list[Reject]],
+    held_encoded: tuple[TokenSet | None, list[Reject]],
+    limit: Limit,
+) -> Tokenised:
+    """``tokenise`` from where both parts are encoded."""
+    (train, bad), (held_out, held_bad) = encoded, held_encoded
     both, apart = ([*bad, *held_bad], []) if config.val_split else (bad, held_bad)
     rejected.raise_if_too_many([*source.rejects, *both], source.read, max_bad_rows=config.max_bad_rows)
     rejected.raise_if_too_many([*held.rejects, *apart], held.read, max_bad_rows=config.max_bad_rows)
@@ -106,6 +142,9 @@ def tokenise(config: TrainConfig, source: Source, held: Source, encode: Encode, 
         "truncated": truncation(whole, train),
         "max_length_seen": int(train.lengths.max()),
         "held_out": None,
+        "repeats": source.alike.facts(),
+        "scripts": shares(source.letters),
+        "code_rows": source.code_rows,
     }
     if held_out and held_whole:
         report["held_out"] = {"rows": len(held_out), "tokens": len(held_out.tokens),
@@ -114,16 +153,17 @@ def tokenise(config: TrainConfig, source: Source, held: Source, encode: Encode, 
     return Tokenised(train, held_out, [*rejects, *held_rejects], report)
 
 
+def intake(config: TrainConfig) -> Intake:
+    """How these settings want rows to be understood; to be called as ``formats.parse_rows``."""
+    policies = None
+    if isinstance(config, InstructionGroup):
+        policies = Policies(config.thinking, config.tools, config.system_messages)
+    return Intake.of([*config.data, *config.val_data], columns=config.columns, policies=policies, seed=config.seed)
+
+
 def _read(config: TrainConfig, paths: Sequence[str], form: str) -> Source:
     raw, unreadable = read_rows(paths)
-    rows, misfits = parse_rows(raw, form) if raw else ([], [])
+    rows, misfits = intake(config)(raw, form) if raw else ([], [])
     rejects, read = [*unreadable, *misfits], len(raw) + len(unreadable)
     rejected.raise_if_too_many(rejects, read, max_bad_rows=config.max_bad_rows)
     return Source(rows, rejects, read)
-
-
-def _say_duplicates(rows: Sequence[Row], screen: Told) -> None:
-    if repeats := duplicates(rows):
-        named = "; ".join(f"{row} repeats row {first.row}" for row, first in repeats[:3])
-        more = f"; … {len(repeats) - 3} more" if len(repeats) > 3 else ""
-        screen.warn(f"{len(repeats)} rows say what another row says already: {named}{more}")

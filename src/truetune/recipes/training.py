@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from truetune.adapters.inject import tune
 from truetune.adapters.methods import trained_parts
 from truetune.adapters.virtual import virtual_ids
 from truetune.checkpoint import run_state
@@ -30,7 +29,7 @@ from truetune.ops import dispatch
 from truetune.ops.allocator import keep_freed_memory, trim
 from truetune.optim import choose
 from truetune.optim.schedule import Schedule, warmup_steps
-from truetune.recipes import memory_plan, plan_report, result, resume
+from truetune.recipes import continued, memory_plan, new_tokens, plan_report, result, resume
 from truetune.recipes.data import Prepared
 from truetune.recipes.method_hooks import method_hooks
 from truetune.recipes.run_folder import locked, open_run, start, write_json
@@ -52,7 +51,8 @@ def run_training(resolved: Resolved[Any], prepare: Prepare, *, screen: Screen | 
     screen = screen or Screen()
     began = time.perf_counter()
     keep_freed_memory()
-    setup = _set_up(resolved, prepare, screen)
+    resolved, begun = continued.read_start(resolved)
+    setup = _set_up(resolved, prepare, screen, begun)
     outline = plan_report.outline(setup, screen)
     if setup.config.dry_run:
         return outline
@@ -69,7 +69,7 @@ def run_training(resolved: Resolved[Any], prepare: Prepare, *, screen: Screen | 
         quant=setup.config.recipe(),
         warn=screen.warn,
     )
-    tune(model, setup.config.adapter(), seed=setup.config.seed, prompt_ids=setup.prompt_ids)
+    continued.put_on(setup, model)
     with locked(setup.folder), memory_plan.streamed(setup, model, is_streamed=outline["streamed"]):
         start(setup.folder, resolved)
         write_rejects(setup.folder.path / "data" / "rejects.jsonl", setup.prepared.rejects)
@@ -79,7 +79,9 @@ def run_training(resolved: Resolved[Any], prepare: Prepare, *, screen: Screen | 
         return result.finish(setup, model, progress, evaluation, screen=screen, seconds=time.perf_counter() - began)
 
 
-def _set_up(resolved: Resolved[Any], prepare: Prepare, screen: Screen) -> Setup:
+def _set_up(
+    resolved: Resolved[Any], prepare: Prepare, screen: Screen, begun: continued.Begun | None
+) -> Setup:
     config: TrainConfig = resolved.config
     device = choose_device(config.device)
     memory_plan.check_device(config, device)
@@ -89,15 +91,24 @@ def _set_up(resolved: Resolved[Any], prepare: Prepare, screen: Screen) -> Setup:
     if stored and config.trains_model:
         load.check_dense(config.model, model_config)
     tokenizer = ChatTokenizer.load(config.model, revision=config.revision)
-    virtual = getattr(config.adapter(), "virtual_tokens", 0)
+    if begun:
+        begun.check(model_config, screen)
+        tokenizer, admitted = begun.admitted(tokenizer, screen)
+    else:
+        admitted = new_tokens.admit(config, tokenizer, model_config, screen)
+    virtual = getattr(config.method_settings(), "virtual_tokens", 0)
     max_length = load.usable_length(model_config, config.max_length, virtual=virtual)
     facts = resume.facts_of(folder.checkpoint)
-    prepared = prepare(config, tokenizer, max_length=max_length, screen=screen, date=facts.get("date"))
+    prepared = prepare(config, tokenizer, max_length=max_length, screen=screen, date=facts.get("date"),
+                       card=begun.file.card if begun else None)  # fmt: skip
+    if begun:
+        begun.say_template(prepared, screen)
+    new_tokens.warn_of_unseen(admitted.new, prepared, screen)
     precision = choose_precision(
         facts.get("compute", config.dtype),
         load.checkpoint_dtype(model_config),
         device=device,
-        trains="base" if config.trains_model else "parts" if trained_parts(config.adapter()) else "adapter",
+        trains="base" if config.trains_model else "parts" if _trains_parts(config, begun) else "adapter",
         because="as this run was started" if "compute" in facts else "as asked",
     )
     now = {
@@ -105,11 +116,18 @@ def _set_up(resolved: Resolved[Any], prepare: Prepare, screen: Screen) -> Setup:
         "held_out": prepared.held_out_digest,
         "date": prepared.date,
         "base": _base_identity(config.model, model_config),
+        "tokens": admitted.new and admitted.new.card(),
+        **({"start": begun.identity} if begun else {}),
         "compute": str(precision.autocast or precision.storage).removeprefix("torch."),
         "environment": resume.environment(),
     }
     resume.check_facts(facts, now, screen)
-    return Setup(config, folder, tokenizer, model_config, prepared, precision, device, facts | now)
+    return Setup(config, folder, tokenizer, model_config, prepared, precision, device, facts | now,
+                 admitted.new, admitted.rows, begun and begun.file)  # fmt: skip
+
+
+def _trains_parts(config: TrainConfig, begun: continued.Begun | None) -> bool:
+    return bool(trained_parts(config.method_settings())) or (begun is not None and begun.holds_parts)
 
 
 def _base_identity(model: str, model_config: Any) -> str | None:
@@ -153,7 +171,7 @@ def _train(setup: Setup, way: forward.Path, plan: StepPlan, screen: Screen) -> t
         config.optim, parameters, lr=config.peak_lr, weight_decay=config.weight_decay, steps=plan.steps,
         lora_plus_ratio=config.lora_plus_ratio,
     )  # fmt: skip
-    hooks = method_hooks(model, config.adapter(), optimizer, seed=config.seed, steps=plan.steps)
+    hooks = method_hooks(model, setup.adapter, optimizer, seed=config.seed, steps=plan.steps)
     progress = Progress(facts=setup.facts)
     if setup.folder.checkpoint:
         restored = resume.restore(setup.folder.path, setup.folder.checkpoint, model, optimizer, screen)

@@ -1,0 +1,93 @@
+"""What a merge will take, said before it starts: memory, disk, time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from truetune.adapters import files
+from truetune.checkpoint.atomic import sha256
+from truetune.checkpoint.disk import existing, require_space, writing
+from truetune.checkpoint.tensors import open_index
+from truetune.export.merge import Addition, Edit
+from truetune.train.memory import resident_mb
+
+_PROBE_BYTES = 32 << 20
+_WORTH_A_PROBE = 2e9  # bytes of a model; below, the probe would take longer than what it foretells is worth
+_USUAL_RATE = 0.6e9  # bytes per second read, hashed and written, where nothing was probed
+_FOLD_RATE = 2.5e8  # values per second that a low-rank product is added to, one thread
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a merge needs at most."""
+
+    ram_mb: float  # of the whole process
+    disk_mb: float
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"needs {_size(self.ram_mb)} of memory, {_size(self.disk_mb)} of disk, {_duration(self.seconds)}"
+
+
+def forecast(base: Path, out: Path, edits: Mapping[str, Edit | Addition], *, packed: bool) -> Forecast:
+    """Foretell a merge.
+
+    Args:
+        packed: every edited tensor is also packed or unpacked on the way, which holds it in float32 as well.
+    Raises:
+        OutputError: the disk has too little space for it.
+    """
+    entries = open_index(base)
+    total = sum(entry.nbytes for entry in entries.values())
+    edited = [entries[name] for name in edits if name in entries]
+    largest = max((entry.nbytes for entry in edited), default=0)
+    widest = max((math.prod(entry.shape) for entry in edited), default=0)
+    held = 2 * largest + (8 * widest if packed else 0)
+    require_space(out, total)
+    seconds = total / _rate(out, total) + sum(math.prod(entry.shape) for entry in edited) / _FOLD_RATE
+    return Forecast(resident_mb() + held / 1e6, total / 1e6, seconds)
+
+
+def identity_of(adapters: Sequence[Path], settings: str) -> str:
+    """What decides the content of a merged model beside the base: the adapters' files, and how they are merged."""
+    digest = hashlib.sha256(settings.encode())
+    for folder in adapters:
+        for name in (files.CONFIG, files.WEIGHTS, files.CARD):
+            if (folder / name).is_file():
+                digest.update(json.dumps([name, sha256(folder / name)]).encode())
+    return digest.hexdigest()
+
+
+def _rate(out: Path, total: int) -> float:
+    """Bytes per second of the disk that is written to, tried where the model is large enough for it to matter."""
+    if total < _WORTH_A_PROBE:
+        return _USUAL_RATE
+    folder = existing(out)
+    probe = folder / f".truetune-probe-{os.getpid()}"
+    try:
+        with writing(folder):
+            began = time.perf_counter()
+            with probe.open("wb", buffering=0) as file:
+                file.write(bytes(_PROBE_BYTES))
+                os.fsync(file.fileno())
+            written = _PROBE_BYTES / max(time.perf_counter() - began, 1e-6)
+    finally:
+        probe.unlink(missing_ok=True)
+    return 1 / (1 / written + 1 / _USUAL_RATE)
+
+
+def _size(mb: float) -> str:
+    return f"{mb / 1e3:,.1f} GB" if mb >= 1000 else f"{max(mb, 1):,.0f} MB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 10:
+        return "a few seconds"
+    return f"about {seconds:.0f} s" if seconds < 90 else f"about {seconds / 60:.0f} min"

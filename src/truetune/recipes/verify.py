@@ -1,0 +1,223 @@
+"""``truetune verify``: is what is served what was trained? Prompts, logits, answers and losses, artefact by artefact.
+
+The measure is base and adapter together, computed as they were trained; and they in turn are held against what the run
+wrote down when its training ended.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from truetune.checkpoint.disk import writing
+from truetune.config.generate import GenerateConfig
+from truetune.config.resolve import Resolved, resolve
+from truetune.config.sft import TrainConfig
+from truetune.config.verify import PEERS, VerifyConfig
+from truetune.errors import ModelError, TruetuneError
+from truetune.eval.agreement import pooled
+from truetune.eval.limits import Measured, judge
+from truetune.export.onto import recipe_of
+from truetune.models import load, plain
+from truetune.models.precision import name_of
+from truetune.models.tokenizer import ChatTokenizer
+from truetune.recipes import verify_reference, verify_report
+from truetune.recipes.artefacts import read_recorded
+from truetune.recipes.generate import load_speaker
+from truetune.recipes.run_folder import write_json
+from truetune.recipes.verify_compare import Finding, Trained, failed, hold_against
+from truetune.recipes.verify_reference import Reference, Sample
+from truetune.recipes.verify_server import Server
+from truetune.recipes.verify_subjects import (
+    Folder,
+    Loaded,
+    Opening,
+    Subject,
+    find,
+    is_model,
+    open_by_transformers,
+)
+from truetune.recipes.verify_target import Target, find_target
+from truetune.train.log import Screen
+
+RESULT = "verify.json"
+_TOKEN = "TRUETUNE_API_KEY"
+
+
+def run(resolved: Resolved[VerifyConfig]) -> dict[str, Any]:
+    """Compare, print the table, keep ``verify.json`` in the run; ``exit_code`` is 1 on drift and 2 for "can't tell".
+
+    Raises:
+        TruetuneError: what is to be compared is not there.
+    """
+    proof = prove(resolved.config, Screen())
+    proof.show()
+    return proof.facts
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was found: for people, and as ``verify.json`` has it."""
+
+    findings: list[Finding]
+    title: str
+    facts: dict[str, Any]
+
+    def show(self) -> None:
+        """Print the table and the reasons."""
+        verify_report.show(self.findings, title=self.title)
+
+
+def prove(config: VerifyConfig, screen: Screen) -> Proof:
+    """Compare, and keep ``verify.json``; prints no table."""
+    target = find_target(config)
+    reference = verify_reference.read(target.reference)
+    artefacts = [find(name) for name in _names(config, target)]
+    samples = _chosen(reference, config.prompts)
+    compute = config.dtype if config.dtype != "auto" else reference.compute
+    screen.say("verify", f"{target.result} on {_count(samples)}, in {compute}")
+    with Trained(reference, samples, name_of(getattr(torch, compute))) as trained:
+        findings = [_live(trained, target, config, compute, screen)]
+        for name, loader, opener in _subjects(config, target, artefacts, compute):
+            screen.note(f"{name}, by {loader}")
+            findings.append(_held_against(trained, name, loader, opener, longest=config.max_new_tokens))
+            gc.collect()
+    code = (
+        1 if any(f.verdict == "drift" for f in findings) else 2 if any(f.verdict == "unknown" for f in findings) else 0
+    )
+    facts = verify_report.facts(
+        findings, run=str(target.run or target.result), base=target.base, compute=compute, code=code
+    )
+    where = (target.run or target.result) / RESULT
+    with writing(where.parent):
+        write_json(where, facts)
+    screen.say("done", f"{_sentence(code, len(findings))} · {where}")
+    return Proof(findings, f"against {target.result}, as it was trained ({compute})", facts)
+
+
+def after_training(result: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
+    """What a training command returns, and with ``--verify`` the proof of it."""
+    if not config.verify or config.dry_run:
+        return result
+    facts = run(resolve(VerifyConfig, file=None, flags={"run": config.out, "device": config.device}))
+    return result | {"verify": facts["verdict"], "exit_code": facts["exit_code"]}
+
+
+def check_provable(adapter: str, base: str) -> None:
+    """Raises CheckpointError where an adapter lies without the prompts that ``after_merge`` would compare by."""
+    verify_reference.read(
+        find_target(resolve(VerifyConfig, file=None, flags={"run": adapter, "model": base}).config).reference
+    )
+
+
+def after_merge(adapter: str, out: str, base: str, **given: Any) -> dict[str, Any]:
+    """The proof of a merged model: what ``run`` returns for it alone."""
+    return run(resolve(VerifyConfig, file=None, flags={"run": adapter, "artefacts": (out,), "model": base, **given}))
+
+
+def _sentence(code: int, count: int) -> str:
+    what = "the adapter says" if count == 1 else f"all {count} say"
+    return {0: f"{what} the same", 1: "drift: see the reasons above", 2: "can't tell: see the reasons above"}[code]
+
+
+def _count(samples: Sequence[Sample]) -> str:
+    train = sum(sample.part == "train" for sample in samples)
+    return f"{train} prompts of the training rows and {len(samples) - train} of the held-out ones"
+
+
+def _names(config: VerifyConfig, target: Target) -> list[str]:
+    return list(config.artefacts) or (read_recorded(target.run) if target.run and not config.url else [])
+
+
+def _chosen(reference: Reference, most: int | None) -> list[Sample]:
+    parts = [[s for s in reference.samples if s.part == part] for part in ("train", "held_out")]
+    return [sample for part in parts for sample in part[:most]]
+
+
+def _live(trained: Trained, target: Target, config: VerifyConfig, compute: str, screen: Screen) -> Finding:
+    """Ask the trained model, as its files give it back, and hold it against what its run wrote down."""
+    live = _trained_model(target, config, compute, screen)
+    kept = pooled(trained.ask(live, longest=config.max_new_tokens))
+    finding = Finding(str(target.result), "truetune", trained.kind, "unknown", [], logits=kept)
+    finding.held_out_loss = (trained.loss, trained.loss) if trained.loss is not None else None
+    finding.verdict, finding.reasons = judge(Measured(logits=kept), trained.kind)
+    finding.notes.append("against what the run wrote down at its end: log-probabilities of the likeliest tokens")
+    return finding
+
+
+def _trained_model(target: Target, config: VerifyConfig, compute: str, screen: Screen) -> Loaded:
+    recipe = recipe_of(target.file.card) if target.file else None
+    packed = {"quant": recipe.kind, "double_quant": recipe.double, "quant_skip": recipe.skip} if recipe else {}
+    if recipe and recipe.of_checkpoint:
+        packed = {}
+    flags = {
+        "model": target.base, "revision": config.revision, "dtype": compute, "device": config.device, "prompt": "",
+        "allow_mismatch": sorted(config.allowed) if target.file else [],
+        **({"adapter": str(target.result)} if target.file else {}), **packed,
+    }  # fmt: skip
+    speaker = load_speaker(resolve(GenerateConfig, file=None, flags=flags).config, screen)
+    return Loaded(
+        str(target.result), "truetune", name_of(getattr(torch, compute)), speaker.model, speaker.tokenizer,
+        stops=speaker.stop_ids,
+    )  # fmt: skip
+
+
+Opener = Callable[[], Subject]
+
+
+def _subjects(
+    config: VerifyConfig, target: Target, artefacts: Sequence[Folder], compute: str
+) -> Iterator[tuple[str, str, Opener]]:
+    """``(name, loader, how to open it)`` of everything that is to be compared."""
+    device = "cuda" if config.device == "cuda" else "cpu"
+    for artefact in artefacts:
+        opening = Opening(artefact.path, config.dtype, device)
+        yield artefact.name, artefact.loader, lambda a=artefact, o=opening: a.open(o)  # type: ignore[misc]
+        if "transformers" in config.peers and is_model(artefact.path):
+            yield artefact.name, "transformers", lambda o=opening: open_by_transformers(o)  # type: ignore[misc]
+    if "peft" in config.peers:
+        yield str(target.result), "peft", lambda: _by_peft(target, config, compute, device)
+    if config.url:
+        url, kind = config.url, name_of(getattr(torch, compute))
+        token = os.environ.get(_TOKEN)
+        yield url, "http", lambda: Server(url, model=config.served_model, kind=kind, token=token)
+
+
+def _by_peft(target: Target, config: VerifyConfig, compute: str, device: str) -> Loaded:
+    if target.file is None:
+        raise ModelError("--against peft: this run left a whole model, and PEFT loads adapters")
+    if recipe_of(target.file.card):
+        raise ModelError("--against peft: the base was packed while it was trained, which is not compared this way")
+    base = load.local_copy(target.base, revision=config.revision)
+    dtype = getattr(torch, compute)
+    model = plain.load_by_peft(base, target.result, dtype=dtype, device=device)
+    tokenizer = ChatTokenizer.load(target.base, revision=config.revision)
+    stops = tokenizer.stop_ids | frozenset(target.file.card.get("stop_ids", ()))
+    return Loaded(str(target.result), "peft", name_of(dtype), model, tokenizer, stops=stops, words=False)
+
+
+def _held_against(trained: Trained, name: str, loader: str, opener: Opener, *, longest: int) -> Finding:
+    try:
+        return hold_against(trained, opener(), longest=longest)
+    except ModelError as error:
+        if loader in ("truetune", "transformers"):
+            return failed(name, loader, error)
+        return _untold(name, loader, error)
+    except TruetuneError as error:
+        return _untold(name, loader, error)
+    except Exception as error:
+        if loader not in PEERS:
+            raise
+        # Code that is not ours may fail in any way, and that says nothing about the artefact.
+        said = " ".join(str(error).split())[:200]
+        return _untold(name, loader, TruetuneError(f"{loader} fails on it: {type(error).__name__}: {said}"))
+
+
+def _untold(name: str, loader: str, error: TruetuneError) -> Finding:
+    way_out = "".join(f" ({text})" for label, text in error.notes if label == "way out")
+    return Finding(name, loader, "–", "unknown", [error.message + way_out])

@@ -1,0 +1,204 @@
+"""The trained model's own words on every sample, and how far an artefact's are from them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from truetune.adapters.inject import attachment, detach
+from truetune.adapters.virtual import virtual_ids
+from truetune.errors import TruetuneError
+from truetune.eval.agreement import Agreement, agreement, loss_sum, pooled, recorded_agreement
+from truetune.eval.limits import Measured, Verdict, coarser, judge
+from truetune.models import load
+from truetune.recipes.verify_reference import Reference, Sample
+from truetune.recipes.verify_subjects import Answer, Loaded, Subject, prompt_agrees
+
+
+@dataclass
+class Finding:
+    """One row of the table.
+
+    Attributes:
+        prompts, answers: (same, compared).
+        stopped: (answers of the artefact that a stop token ended, those of the trained model).
+        held_out_loss: of the artefact and of the trained model, nats per token.
+        effect_share: the artefact's mean KL as a share of what training changed.
+        example: the first prompt or answer that differs, for ``verify.json``.
+    """
+
+    name: str
+    loader: str
+    kind: str
+    verdict: Verdict
+    reasons: list[str]
+    logits: Agreement | None = None
+    prompts: tuple[int, int] | None = None
+    answers: tuple[int, int] | None = None
+    stopped: tuple[int, int] | None = None
+    held_out_loss: tuple[float, float] | None = None
+    effect_share: float | None = None
+    logprob_delta: float | None = None
+    example: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _HeldOut:
+    """The loss over the compared positions of the held-out samples."""
+
+    total: float = 0.0
+    count: int = 0
+
+    def add(self, sample: Sample, scores: Tensor) -> None:
+        """One sample's [n, vocab]; those of training rows do not count."""
+        if sample.part == "held_out":
+            self.total += loss_sum(scores, sample.targets)
+            self.count += len(sample.positions)
+
+    @property
+    def mean(self) -> float | None:
+        """Nats per token; None without a held-out sample."""
+        return self.total / self.count if self.count else None
+
+
+class Trained:
+    """What the trained model says; its logits are kept in files, so that two models are never in memory at once.
+
+    Use it as a context manager: the files go with it.
+    """
+
+    def __init__(self, reference: Reference, samples: Sequence[Sample], kind: str) -> None:
+        self.reference, self.samples, self.kind = reference, list(samples), kind
+        self.answers: list[Answer] = []
+        self.effect: Agreement | None = None
+        self.loss: float | None = None
+        self.askable: list[Sample] = []
+        self._folder = tempfile.TemporaryDirectory(prefix="truetune-verify-")
+        self._shapes: list[tuple[int, int]] = []
+
+    def __enter__(self) -> Trained:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._folder.cleanup()
+
+    def ask(self, live: Loaded, *, longest: int) -> list[Agreement]:
+        """Record all that is compared later; of a model with an adapter also what the adapter changes.
+
+        Returns:
+            For each sample, the agreement with what the run wrote down.
+        """
+        kept, losses = [], _HeldOut()
+        for number, sample in enumerate(self.samples):
+            scores = live.logits(sample)
+            kept.append(against_record(scores, sample))
+            losses.add(sample, scores)
+            self._keep(number, scores)
+        self.loss = losses.mean
+        room = load.context_length(live.model.config)
+        taken = len(virtual_ids(live.model)) + longest
+        self.askable = [s for s in self.samples if room is None or len(s.prompt) + taken <= room]
+        self.answers = live.answers(self.askable, longest) if self.askable else []
+        attached = attachment(live.model)
+        if attached and not (attached.full_modules or attached.config.trainable):
+            detach(live.model)
+            found = [agreement(live.logits(s), self.logits(i)) for i, s in enumerate(self.samples)]
+            self.effect = pooled(found)
+        return kept
+
+    def logits(self, number: int) -> Tensor:
+        """[n, vocab] float32 of a sample."""
+        rows, columns = self._shapes[number]
+        flat = torch.from_file(str(self._file(number)), size=rows * columns, dtype=torch.float32)
+        return flat.view(rows, columns)
+
+    def _keep(self, number: int, scores: Tensor) -> None:
+        self._shapes.append((scores.shape[0], scores.shape[1]))
+        scores.contiguous().numpy().tofile(self._file(number))
+
+    def _file(self, number: int) -> Path:
+        return Path(self._folder.name) / f"{number}.f32"
+
+
+def against_record(scores: Tensor, sample: Sample) -> Agreement:
+    """How far logits are from what the run wrote down at its end."""
+    return recorded_agreement(scores, torch.tensor(sample.top_ids), torch.tensor(sample.top_logprobs))
+
+
+def hold_against(trained: Trained, subject: Subject, *, longest: int) -> Finding:
+    """Ask an artefact everything the trained model was asked, and judge it."""
+    kind = coarser(subject.kind, trained.kind)
+    finding = Finding(subject.name, subject.loader, kind, "unknown", [], notes=list(subject.notes))
+    _compare_prompts(trained, subject, finding)
+    _compare_logits(trained, subject, finding)
+    _compare_answers(trained, subject, finding, longest)
+    losses = finding.held_out_loss
+    measured = Measured(
+        logits=finding.logits,
+        effect=trained.effect,
+        loss_change=losses[0] - losses[1] if losses else None,
+        prompts=finding.prompts,
+        answers=finding.answers,
+        lost_stops=subject.lost_stops(trained.reference),
+    )
+    finding.verdict, finding.reasons = judge(measured, kind)
+    return finding
+
+
+def failed(name: str, loader: str, error: TruetuneError, *, kind: str = "–") -> Finding:
+    """An artefact that is there and does not load: it says nothing, and surely not the same."""
+    because = "; ".join(text for label, text in error.notes if label in ("because", "tensors"))
+    return Finding(name, loader, kind, "drift", [error.message + (f" ({because})" if because else "")])
+
+
+def _compare_prompts(trained: Trained, subject: Subject, finding: Finding) -> None:
+    judged = [(sample, prompt_agrees(subject, sample)) for sample in trained.samples]
+    compared = [(sample, same) for sample, same in judged if same is not None]
+    if not compared:
+        return
+    finding.prompts = sum(bool(same) for _, same in compared), len(compared)
+    if differing := next((sample for sample, same in compared if not same), None):
+        found = subject.prompt(differing)
+        finding.example["prompt"] = {"row": differing.row, "trained": differing.text, "found": found and found[0]}
+
+
+def _compare_logits(trained: Trained, subject: Subject, finding: Finding) -> None:
+    parts, losses = [], _HeldOut()
+    for number, sample in enumerate(trained.samples):
+        found = subject.logits(sample)
+        if found is None:
+            return
+        parts.append(agreement(found, trained.logits(number)))
+        losses.add(sample, found)
+    finding.logits = pooled(parts)
+    if trained.effect and trained.effect.mean_kl > 1e-9:
+        finding.effect_share = finding.logits.mean_kl / trained.effect.mean_kl
+    if losses.mean is not None and trained.loss is not None:
+        finding.held_out_loss = losses.mean, trained.loss
+
+
+def _compare_answers(trained: Trained, subject: Subject, finding: Finding, longest: int) -> None:
+    answers = subject.answers(trained.askable, longest) if trained.askable else None
+    if answers is None:
+        return
+    same = [_same(one, other) for one, other in zip(answers, trained.answers, strict=True)]
+    finding.answers = sum(same), len(same)
+    finding.stopped = sum(a.stopped for a in answers), sum(a.stopped for a in trained.answers)
+    if not all(same):
+        i = same.index(False)
+        finding.example["answer"] = {
+            "row": trained.askable[i].row, "trained": trained.answers[i].text, "found": answers[i].text
+        }  # fmt: skip
+
+
+def _same(one: Answer, other: Answer) -> bool:
+    if one.ids is not None and other.ids is not None:
+        return one.ids == other.ids
+    return (one.text, one.stopped) == (other.text, other.stopped)
