@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -141,6 +142,7 @@ def facts_of(
         "load_average": os.getloadavg()[0],
         "rows_s": {name: round(options.rows / value, 1) for name, value in seconds.items()},
         "seconds": {name: [round(run["seconds"], 2) for run in runs] for name, runs in found.items()},
+        "cpu_s": {name: round(statistics.median(run["cpu_s"] for run in runs), 1) for name, runs in found.items()},
         **{f"speedup_vs_{name}": round(value / seconds["truetune"], 2) for name, value in seconds.items()
            if name != "truetune"},
         "second_start_s": round(statistics.median(run["prepare_s"] for run in second), 3),
@@ -201,12 +203,19 @@ def _process(command: Sequence[str], cache: Path) -> dict[str, Any]:
     """Run a process and read the last line that it printed."""
     env = {name: value for name, value in os.environ.items() if name not in NOT_FOR_PEERS} | OFFLINE
     if command[0] == sys.executable:
-        env |= {"PYTHONPATH": str(ROOT), "TRUETUNE_CACHE": str(cache)}
+        env |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")]), "TRUETUNE_CACHE": str(cache)}
+    before = _cpu_seconds()
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     if done.returncode:
         raise FailedRunError(f"{' '.join(command[:3])} failed:\n{done.stderr[-2000:]}")
     answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return answer
+    return answer | {"cpu_s": _cpu_seconds() - before}
+
+
+def _cpu_seconds() -> float:
+    """Of all processes that were waited for so far, imports and all."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 if __name__ == "__main__":

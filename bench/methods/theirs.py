@@ -23,7 +23,9 @@ def step(kind: str, arguments: dict[str, Any], setting: dict[str, Any]) -> Job:
     """A step: the model's own loss, its gradient, clipped, AdamW; AdaLoRA's ranks are weighed as its users are told."""
     on = llama.setting_of(setting)
     model: Any = peft.get_peft_model(llama.model(on), getattr(peft, kind)(**arguments)).train()
-    trained, learned_now = [p for p in model.parameters() if p.requires_grad], [0]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    # AdaLoRA's counts of ranks, which PEFT leaves open to training beside a bf16 base, are no parameters of the method.
+    counted = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and "ranknum" not in name)
     optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0)
     ids, learned = llama.rows(on)
     labels, numbers = ids.where(learned, -100), itertools.count()
@@ -32,7 +34,6 @@ def step(kind: str, arguments: dict[str, Any], setting: dict[str, Any]) -> Job:
     def call() -> float:
         loss = model(input_ids=ids, labels=labels, attention_mask=torch.ones_like(ids), use_cache=False).loss
         loss.backward()
-        learned_now[0] = sum(p.numel() for p in trained if p.grad is not None)  # some of AdaLoRA's only say they are
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         if weighs is not None:
@@ -40,7 +41,7 @@ def step(kind: str, arguments: dict[str, Any], setting: dict[str, Any]) -> Job:
         optimizer.zero_grad()
         return float(loss.detach())
 
-    return Job(call, lambda loss: {"loss": loss, "trained": learned_now[0], "peak_mb": peak_mb()})
+    return Job(call, lambda loss: {"loss": loss, "trained": counted, "peak_mb": peak_mb()})
 
 
 def _adapted(shape: dict[str, Any], rank: int) -> Any:

@@ -5,9 +5,9 @@ import json
 from pathlib import Path
 
 import pytest
+from bench.data import __main__ as bench
 
 from bench import environments
-from bench.data import __main__ as bench
 
 
 @pytest.fixture
@@ -69,10 +69,13 @@ def test_a_tiny_run_has_the_names_that_checks_rely_on(
 
 
 def test_figures_are_medians_and_ratios_of_the_runs() -> None:
-    ours = [{"rows": 100, "tokens": 5000, "seconds": seconds, "fill": 0.99} for seconds in (1.0, 9.0, 2.0)]
+    ours = [
+        {"rows": 100, "tokens": 5000, "seconds": seconds, "cpu_s": 3.0, "fill": 0.99} for seconds in (1.0, 9.0, 2.0)
+    ]
     options = argparse.Namespace(rows=100, tokenizer=Path("gpt2"))
-    found = {"truetune": ours, "datasets": [{"seconds": 5.0}]}
+    found = {"truetune": ours, "datasets": [{"seconds": 5.0, "cpu_s": 4.0}]}
     facts = bench.facts_of(found, [{"prepare_s": 0.5}, {"prepare_s": 0.1}, {"prepare_s": 0.2}], options)
+    assert facts["cpu_s"] == {"truetune": 3.0, "datasets": 4.0}
     assert facts["rows_s"] == {"truetune": 50.0, "datasets": 20.0}
     assert (facts["speedup_vs_datasets"], facts["second_start_s"], facts["fill"]) == (2.5, 0.2, 0.99)
 

@@ -82,7 +82,7 @@ def test_a_value_of_the_wrong_type_is_refused(capsys: pytest.CaptureFixture[str]
     [
         ("sft", ["--model", "--data"]),
         ("pretrain", ["--model", "--data"]),
-        ("merge", ["--model", "--adapter", "--out"]),
+        ("merge", ["--adapter", "--out"]),
         ("generate", ["--model"]),
         ("quantize", ["--path", "--out"]),
     ],

@@ -17,7 +17,7 @@ def rows(*shapes: tuple[int, int]) -> TokenSet:
 
 def limit(data: TokenSet, policy: OnOverlong, most: int = 10) -> tuple[TokenSet, list[str], list[str]]:
     said: list[str] = []
-    kept, rejects = limit_lengths(data, most, policy, said.append)
+    kept, rejects = limit_lengths(data, most, policy=policy, say=said.append, decode=lambda ids: f"text of {len(ids)}")
     return kept, [f"{r.origin} {r.reason}" for r in rejects], said
 
 

@@ -58,3 +58,17 @@ def test_fold_leaves_the_weight_untouched() -> None:
 @pytest.mark.parametrize(("stabilised", "expected"), [(False, 32 / 9), (True, 32 / 3)])
 def test_scale_divides_by_the_rank_or_its_root(stabilised: bool, expected: float) -> None:
     assert math.isclose(lowrank.scale(32, 9, rank_stabilised=stabilised), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(1, 5), (600, 1031), (3, lowrank._CACHED + 1), (0, 4)])
+def test_fold_by_rows_is_the_whole_sum_to_the_bit(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    """More rows than are merged at once, rows that are longer than that, and none."""
+    draw = torch.Generator().manual_seed(2)
+    weight = torch.randn(shape, generator=draw).to(dtype)
+    a, b = torch.randn(4, shape[1], generator=draw), torch.randn(shape[0], 4, generator=draw)
+    whole = torch.add(weight.float(), b @ a, alpha=0.37).to(dtype)
+    for stored in (weight, weight.T.contiguous().T):
+        folded = lowrank.fold(stored, a.requires_grad_(), b, 0.37)
+        assert folded.is_contiguous()
+        assert torch.equal(folded, whole)

@@ -6,14 +6,18 @@ P [length, hidden] is trained and so is g, which starts at zero, so an untrained
 is one number per layer without a tanh (with ``gates="head"`` one per head, as in litgpt), q is turned by its position,
 the prompts' keys are not, and on GPT-2 nothing but the sum follows the values. A prompt stands
 at no position, so packed rows, padding and caches are as they were.
+
+The second version (Gao et al. 2023, arXiv:2304.15010, section 3.1) trains the norms too, and a bias and a scale behind
+every linear layer (``adapters.scaled_linear``); an attention with prompts owns those of its maps.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +27,17 @@ from truetune.adapters.base import Adapter
 from truetune.adapters.methods import Site
 from truetune.adapters.peft_fields import Fields
 from truetune.adapters.rotary import turned
+from truetune.adapters.scaled_linear import OutputScale, ScaledLinear
+from truetune.adapters.targets import ALL_LINEAR, resolve_targets
 from truetune.config.other_methods import LlamaAdapter
 from truetune.errors import AdapterError
-from truetune.ops.frozen import frozen_weight
+from truetune.ops.frozen import frozen_weight, is_linear
 
 CHANGES_TABLE = False
 TRAINS: tuple[str, ...] = ()
 PEFT_LACKS = ("bias", "ensure_weight_tying", "modules_to_save")
 
+_SECOND_TYPE = "TRUETUNE_LLAMA_ADAPTER"  # as ``peft_config`` calls what PEFT must not read
 _SKIPPED = 2  # lowest layers without prompts, unless told otherwise
 _WITHOUT_END = ("gpt2",)  # as PEFT has it
 _WITH_BIAS = ("llama", "mistral")  # PEFT's files for these count the last map's bias twice, where there is one
@@ -45,6 +52,7 @@ class AdaptedAttention(Adapter):
         length: prompts.
         family: the model's type, for what PEFT does in one and not in another.
         by_head: whether g is [heads, 1], and not [1].
+        is_second: whether its maps have a trained bias and scale.
     """
 
     files = {"prompt": "adaption_prompt", "gate": "adaption_gate"}  # noqa: RUF012 - ClassVar in the contract
@@ -58,23 +66,47 @@ class AdaptedAttention(Adapter):
         generator: torch.Generator,
         *,
         by_head: bool = False,
+        is_second: bool = False,
     ) -> None:
         super().__init__()
         self.base, self.layout, self.family = base.requires_grad_(False), layout, family
         frozen = frozen_weight(self._map(layout.key))
         self.prompt = nn.Parameter(torch.randn(1, length, frozen.in_features, generator=generator).to(frozen.device))
         self.gate = nn.Parameter(torch.zeros((layout.heads, 1) if by_head else (1,), device=frozen.device))
+        self.maps = tuple(path for path, m in base.named_modules() if is_second and is_linear(m))
+        self.scales = nn.ModuleList(OutputScale.of(base.get_submodule(path)) for path in self.maps)
+
+    def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The prompts and their gates; what is behind each map by the map's name."""
+        yield from super().adapter_parameters()
+        for path, scale in self._behind().items():
+            yield from scale.named(f"{path}.")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the base's; the queries are those that it computes itself."""
         outputs: list[Tensor] = []
-        queries = self._map(self.layout.query)
-        handle = queries.register_forward_hook(lambda _, inputs, output: outputs.append(output))
-        try:
-            first, *rest = self.base(*args, **kwargs)
-        finally:
-            handle.remove()
-        return (first + self._beside(outputs[0], kwargs.get("position_embeddings")).to(first.dtype), *rest)
+        with self._scaled():
+            queries = self._map(self.layout.query)
+            handle = queries.register_forward_hook(lambda _, inputs, output: outputs.append(output))
+            try:
+                first, *rest = self.base(*args, **kwargs)
+            finally:
+                handle.remove()
+            return (first + self._beside(outputs[0], kwargs.get("position_embeddings")).to(first.dtype), *rest)
+
+    @contextlib.contextmanager
+    def _scaled(self) -> Iterator[None]:
+        """The maps put out s · (W x + b) inside."""
+        with contextlib.ExitStack() as stack:
+            for path, scale in self._behind().items():
+                handle = self.base.get_submodule(path).register_forward_hook(
+                    lambda _, inputs, output, scale=scale: scale(output)
+                )
+                stack.callback(handle.remove)
+            yield
+
+    def _behind(self) -> dict[str, OutputScale]:
+        return {path: cast(OutputScale, scale) for path, scale in zip(self.maps, self.scales, strict=True)}
 
     def _beside(self, output: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
         """[B, T, hidden] of what the map of the queries puts out."""
@@ -96,9 +128,12 @@ class AdaptedAttention(Adapter):
         """The attention's last map; its bias is in what the base returns already."""
         if self.family in _WITHOUT_END:
             return mixed
-        last = self.base.get_submodule(self.layout.output.removeprefix(f"{self.layout.path}."))
+        name = self.layout.output.removeprefix(f"{self.layout.path}.")
+        last = self.base.get_submodule(name)
         y: Tensor = last(mixed)
         bias = getattr(last, "bias", None)
+        if scale := self._behind().get(name):
+            return y - scale(torch.zeros_like(y[:1, :1]) if bias is None else bias)
         return y if bias is None or self.family in _WITH_BIAS else y - bias
 
     def _heads(self, y: Tensor, part: Part, norm: str) -> Tensor:
@@ -119,7 +154,7 @@ class AdaptedAttention(Adapter):
 
 
 def sites(model: nn.Module, config: LlamaAdapter) -> list[str]:
-    """Paths of the attentions that get prompts.
+    """Paths of the attentions that get prompts; with the second version, those of all linear layers outside them.
 
     Raises:
         AdapterError: more layers than the model has, or an attention that is not known.
@@ -136,7 +171,16 @@ def sites(model: nn.Module, config: LlamaAdapter) -> list[str]:
     chosen = layouts[-count:]
     for layout in chosen:
         _check_norm(model, layout)
-    return [layout.path for layout in chosen]
+    attentions = [layout.path for layout in chosen]
+    if not config.llama_adapter_v2:
+        return attentions
+    linear = resolve_targets(model, (ALL_LINEAR,))
+    return [*attentions, *(path for path in linear if not path.startswith(tuple(f"{own}." for own in attentions)))]
+
+
+def trains(config: LlamaAdapter) -> tuple[str, ...]:
+    """The parts of the base that are trained with it."""
+    return ("norm",) if config.llama_adapter_v2 else TRAINS
 
 
 def _check_norm(model: nn.Module, layout: AttentionLayout) -> None:
@@ -153,21 +197,27 @@ def _check_norm(model: nn.Module, layout: AttentionLayout) -> None:
 
 
 def wrap(layer: nn.Module, config: LlamaAdapter, site: Site) -> Adapter:
-    """The attention with its prompts."""
+    """The attention with its prompts, or the linear layer with what is behind it."""
+    if is_linear(layer):
+        return ScaledLinear(layer)
     if "layouts" not in site.shared:  # once, by the attentions as the model has them
         site.shared["layouts"] = {found.path: found for found in attention_layouts(site.model, config.kind)}
     family = str(getattr(site.model.config, "model_type", ""))
     draws = site.generator("llama-adapter")
     layout, by_head = site.shared["layouts"][site.path], config.gates == "head"
-    return AdaptedAttention(layer, layout, config.adapter_length, family, draws, by_head=by_head)
+    is_second = config.llama_adapter_v2
+    return AdaptedAttention(layer, layout, config.adapter_length, family, draws, by_head=by_head, is_second=is_second)
 
 
 def to_peft(model: nn.Module, config: LlamaAdapter, sites: Sequence[str]) -> dict[str, Any]:
     """The method's own fields of ``adapter_config.json``."""
+    attentions = [path for path in sites if isinstance(model.get_submodule(path), AdaptedAttention)]
+    second = {"peft_type": _SECOND_TYPE, "llama_adapter_v2": True}  # PEFT would take it for the first version
     return {
-        "target_modules": sites[0].rpartition(".")[2],
+        "target_modules": attentions[0].rpartition(".")[2],
         "adapter_len": config.adapter_length,
-        "adapter_layers": len(sites),
+        "adapter_layers": len(attentions),
+        **(second if config.llama_adapter_v2 else {}),
         **({"gates": "head"} if config.gates == "head" else {}),  # whose shape PEFT refuses
     }
 
@@ -180,4 +230,5 @@ def from_peft(config: Mapping[str, Any], folder: Path) -> LlamaAdapter:
         adapter_length=("adapter_len", fields.take("adapter_len")),
         adapter_layers=("adapter_layers", fields.take("adapter_layers")),
         gates=("gates", fields.take("gates", "layer")),
+        llama_adapter_v2=("llama_adapter_v2", bool(fields.take("llama_adapter_v2"))),
     )

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from truetune.adapters.expert_lora import ExpertUpdate
 from truetune.adapters.lora import LoRALinear
 from truetune.adapters.lora_conv import LoRAConv
 from truetune.adapters.lora_embedding import LoRAEmbedding
@@ -59,7 +60,7 @@ def named(pattern: Mapping[str, Any] | None) -> tuple[str, ...]:
 
 def patterns_of(config: LoRA, layers: Mapping[str, nn.Module]) -> dict[str, Any]:
     """``r``, ``lora_alpha`` and the two patterns, for layers as they are."""
-    kinds = LoRALinear | LoRAConv | LoRAEmbedding
+    kinds = LoRALinear | LoRAConv | LoRAEmbedding | ExpertUpdate
     ranks = {path: layer.rank for path, layer in layers.items() if isinstance(layer, kinds)}
     alphas = {path: layer.alpha for path, layer in layers.items() if isinstance(layer, kinds)}
     rank, rank_pattern = _described(ranks, config.rank, config.ranks)

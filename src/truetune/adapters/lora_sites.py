@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from truetune.adapters import expert_sites
 from truetune.adapters.base import Adapter
 from truetune.adapters.loftq import original_weight
 from truetune.adapters.lora import LoRALinear
@@ -18,6 +19,7 @@ from truetune.adapters.lora_patterns import at_layer, check_patterns, named, nam
 from truetune.adapters.lora_slices import QKV, SlicedLinear, is_fused, rows_of
 from truetune.adapters.lora_start import Start
 from truetune.adapters.methods import Site
+from truetune.adapters.parameter_targets import NONE
 from truetune.adapters.peft_fields import Fields, excluded, layers_of, targets_of
 from truetune.adapters.targets import shortest_names, targeted
 from truetune.config.lora import LoRA
@@ -40,13 +42,15 @@ L = TypeVar("L", bound=LoRA)
 
 
 def sites(model: nn.Module, config: LoRA) -> list[str]:
-    """Paths of the layers that the targets name.
+    """Paths of the layers that the targets name, and of the modules whose own parameters are adapted.
 
     Raises:
-        AdapterError: a target, or a name in a pattern or in the slices, that matches nothing.
+        AdapterError: a target, or a name in a pattern or in the slices, that matches nothing; or a setting that has no
+            meaning beside ``target_parameters``.
     """
+    expert_sites.check_settings(config)
     paths = targeted(model, config)
-    check_patterns(config, paths)
+    check_patterns(config, expert_sites.expanded(model, config, paths))
     for name in config.parts:
         if not any(_has_slices(model, name, path) for path in paths):
             known = {path.rpartition(".")[2] for path in paths if is_fused(model, path)}
@@ -61,6 +65,8 @@ def wrap(layer: nn.Module, config: LoRA, site: Site) -> Adapter:
     """The layer with its adapter."""
     own, draw = at_layer(config, site.path), site.generator("lora")
     parts = next((p for name, p in config.parts.items() if _has_slices(site.model, name, site.path)), ())
+    if experts := expert_sites.wrap_experts(layer, config, site):
+        return experts
     if isinstance(layer, nn.Embedding):
         return LoRAEmbedding.from_base(layer, own, generator=draw)
     if isinstance(layer, CONVOLUTIONS):
@@ -86,14 +92,16 @@ def starting(layer: nn.Module, config: LoRA, site: Site) -> dict[str, Any]:
 
 def to_peft(model: nn.Module, config: LoRA, sites: Sequence[str]) -> dict[str, Any]:
     """The method's own fields of ``adapter_config.json``, as the layers are: training may have left other ranks."""
-    layers = [(path, model.get_submodule(path)) for path in sites]
-    taken_off = any(isinstance(layer, LoRALinear) and layer.start_a is not None for _, layer in layers)
-    sliced = any(isinstance(layer, SlicedLinear) and layer.rows is not None for _, layer in layers)
+    layers = {path: model.get_submodule(path) for path in sites}
+    taken_off = any(isinstance(layer, LoRALinear) and layer.start_a is not None for layer in layers.values())
+    sliced = any(isinstance(layer, SlicedLinear) and layer.rows is not None for layer in layers.values())
+    experts = expert_sites.to_peft(model, layers)
     return {
-        **patterns_of(config, dict(layers)),
+        **patterns_of(config, expert_sites.parts_by_path(layers)),
         "lora_dropout": config.dropout,
         "lora_bias": config.lora_bias,
-        "target_modules": shortest_names(model, sites),
+        "target_modules": shortest_names(model, [path for path in sites if not expert_sites.is_experts(layers[path])]),
+        **experts,
         "fan_in_fan_out": any(is_conv1d(module) for module in model.modules()),
         "use_rslora": config.use_rslora,
         "init_lora_weights": _START_IN_FILE if taken_off else True,
@@ -111,7 +119,10 @@ def settings_of(kind: type[L], fields: Fields, **more: tuple[str, Any]) -> L:
     init = fields.config.get("init_lora_weights")
     if init != _START_IN_FILE and str(init).lower().startswith(_INITS_THAT_CHANGE_THE_BASE):
         fields.refuse("init_lora_weights")
-    targets = targets_of(fields)
+    parameters = tuple(fields.take("target_parameters") or ())
+    if parameters and kind is not LoRA:
+        fields.refuse("target_parameters")
+    targets = (NONE,) if parameters and not fields.take("target_modules") else targets_of(fields)
     slices = tuple(fields.take("slices") or ()) or _enabled(fields, targets)
     built = fields.build(
         kind,
@@ -126,6 +137,7 @@ def settings_of(kind: type[L], fields: Fields, **more: tuple[str, Any]) -> L:
         alpha_pattern=("alpha_pattern", named(fields.take("alpha_pattern"))),
         lora_bias=("lora_bias", bool(fields.take("lora_bias"))),
         slices=("slices", slices),
+        target_parameters=("target_parameters", parameters),
         **more,
     )
     return built.with_start_in_file() if init == _START_IN_FILE else built

@@ -99,5 +99,8 @@ def module_of(method: str) -> MethodModule:
 
 def trained_parts(config: AdapterConfig) -> tuple[str, ...]:
     """The parts of the base that a method trains by itself, and those that were asked for."""
-    own = module_of(config.kind).TRAINS if config.kind in _MODULES else ()
+    if config.kind not in _MODULES:
+        return tuple(dict.fromkeys(config.trainable))
+    module = module_of(config.kind)
+    own = module.trains(config) if hasattr(module, "trains") else module.TRAINS
     return tuple(dict.fromkeys((*own, *config.trainable)))

@@ -8,11 +8,13 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
+from truetune.adapters.parameter_targets import NONE, owners
 from truetune.config.adapter import Targeted
 from truetune.errors import AdapterError, nearest
 from truetune.ops.frozen import is_linear
 
 ALL_LINEAR = "all-linear"
+_ROUTERS = ("gate", "router", "shared_expert_gate")  # beside experts: what chooses among them
 _LAYER = re.compile(r"\.(\d+)\.")
 _REGEX_MARKS = re.compile(r"[\\^$*+?\[\](){}|]")
 
@@ -40,7 +42,7 @@ def matches(pattern: str, path: str) -> bool:
 def resolve_targets(model: nn.Module, patterns: Sequence[str], *, all_must_match: bool = True) -> list[str]:
     """The paths of the layers that ``patterns`` name, in the model's order.
 
-    ``all-linear`` means every linear layer but the output head.
+    ``all-linear`` means every linear layer but the output head and what chooses among experts.
 
     Raises:
         AdapterError: a pattern is no valid expression, or matches nothing.
@@ -60,9 +62,15 @@ def resolve_targets(model: nn.Module, patterns: Sequence[str], *, all_must_match
 def targeted(model: nn.Module, config: Targeted, *, all_must_match: bool = True) -> list[str]:
     """The paths that the targets of a method name, without those that it excludes, in the layers that it is for.
 
+    After them the modules whose own parameters it names, wherever they are.
+
     Raises:
         AdapterError: a pattern is no valid expression, or matches nothing; or nothing is left.
     """
+    names: Sequence[str] = getattr(config, "target_parameters", ())
+    parameters = owners(model, names, all_must_match=all_must_match) if names else {}
+    if names and config.targets == (NONE,):
+        return list(parameters)
     paths = resolve_targets(model, config.targets, all_must_match=all_must_match)
     layers = adaptable(model)
     for pattern in config.exclude:
@@ -78,17 +86,23 @@ def targeted(model: nn.Module, config: Targeted, *, all_must_match: bool = True)
         paths = [path for path in paths if numbers.get(path) in config.layers]
     if not paths:
         raise AdapterError("--exclude and --layers leave none of the layers that --targets names")
-    return paths
+    return [*paths, *parameters]
 
 
 def _hits(model: nn.Module, layers: dict[str, nn.Module], pattern: str) -> list[str]:
     if pattern == ALL_LINEAR:
         head = output_head(model)
-        return [path for path, module in layers.items() if is_linear(module) and module is not head]
+        linear = (path for path, module in layers.items() if is_linear(module) and module is not head)
+        return [path for path in linear if not _is_router(model, path)]
     try:
         return [path for path in layers if matches(pattern, path)]
     except re.error as error:
         raise AdapterError(f"--targets: '{pattern}' is no valid regular expression: {error}") from None
+
+
+def _is_router(model: nn.Module, path: str) -> bool:
+    parent, _, name = path.rpartition(".")
+    return name in _ROUTERS and hasattr(model.get_submodule(parent), "experts")
 
 
 def no_such_layer(

@@ -14,12 +14,15 @@ from pydantic.fields import FieldInfo
 from truetune.config.options import Options, aliases_of, group_of, spellings
 from truetune.errors import ConfigError, nearest
 
+_LONGEST = 60  # characters of choices in the place of a value
 _TITLES = {
     "base": "the model",
     "dataset": "the data",
     "tuning": "the method",
     "training": "the training",
     "run": "the run",
+    "server": "the server",
+    "limits": "what clients may take",
 }
 
 
@@ -118,7 +121,9 @@ def _kind(info: FieldInfo) -> dict[str, Any]:
 
 
 def _choices(annotation: Any) -> str:
-    return "|".join(map(str, get_args(annotation))) if get_origin(annotation) is Literal else ""
+    """``a|b|c``; where that would not fit on a line the help tells them."""
+    joined = "|".join(map(str, get_args(annotation))) if get_origin(annotation) is Literal else ""
+    return joined if len(joined) <= _LONGEST else "NAME"
 
 
 def _plain(annotation: Any) -> Any:
@@ -130,6 +135,8 @@ def _plain(annotation: Any) -> Any:
 
 def _help(info: FieldInfo) -> str:
     text = (info.description or "").replace("%", "%%")
+    if _kind(info).get("metavar") == "NAME":
+        text += f"; one of {', '.join(map(str, get_args(_plain(info.annotation))))}"
     default = info.default
     also = [f"--{name.replace('_', '-')}" for name in aliases_of(info) if len(name) > 1]
     text += f" [also {', '.join(also)}]" if also else ""

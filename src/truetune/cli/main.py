@@ -42,10 +42,16 @@ COMMANDS: dict[str, Command] = {
     "quantize": Command(
         "truetune.config.quantize:QuantizeConfig", "truetune.recipes.quantize", "write a base in 4 or 8 bits"
     ),
+    "export": Command(
+        "truetune.config.export:ExportConfig", "truetune.recipes.export", "for vLLM, llama.cpp, Ollama, or the Hub"
+    ),
     "generate": Command(
         "truetune.config.generate:GenerateConfig", "truetune.recipes.generate", "answer prompts, or a file of them"
     ),
     "chat": Command("truetune.config.chat:ChatConfig", "truetune.recipes.chat", "talk with a model in the terminal"),
+    "serve": Command(
+        "truetune.config.serve:ServeConfig", "truetune.serve.command", "an OpenAI-compatible server, many adapters"
+    ),
     "verify": Command(
         "truetune.config.verify:VerifyConfig",
         "truetune.recipes.verify",

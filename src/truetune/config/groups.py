@@ -17,6 +17,9 @@ OPTIMIZERS = tuple(
 )
 """What ``--optim`` takes; ``optim.choose`` makes them."""
 
+FormatName = Literal["auto", "alpaca", "sharegpt", "messages", "prompt-completion", "text", "chosen"]
+"""What ``--format`` takes; ``data.formats`` knows them."""
+
 
 class ModelGroup(Options):
     """Which model."""
@@ -80,8 +83,8 @@ class LengthGroup(Options):
     """The files, limits and splits that every kind of data has."""
 
     data: tuple[str, ...] = option(
-        help="files, folders or globs (json, jsonl, csv, parquet, arrow, txt; also gz, bz2, xz, zst), - for stdin, "
-        "hub:ORG/NAME[:SPLIT], or names in --registry; FILE=0.3 takes three rows in ten, FILE=2 each row twice",
+        help="files, folders or globs (json, jsonl, csv, tsv, parquet, arrow, txt; also gz, bz2, xz, zst), - for "
+        "stdin, hub:ORG/NAME[:SPLIT], or names in --registry; FILE=0.3 takes three rows in ten, FILE=2 each row twice",
         group="dataset",
         alias=("dataset",),
         min_length=1,

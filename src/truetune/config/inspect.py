@@ -7,6 +7,7 @@ from typing import ClassVar
 from pydantic import model_validator
 from typing_extensions import Self
 
+from truetune.config.groups import FormatName
 from truetune.config.options import Options, option
 
 
@@ -17,6 +18,12 @@ class InspectConfig(Options):
     positional: ClassVar[tuple[str, ...]] = ("path",)
 
     path: str | None = option(None, help="a folder or file", group="run", min_length=1)
+    format: FormatName = option(
+        "auto", help="form of the rows of a data file; auto tells it from the columns", group="run"
+    )
+    columns: tuple[str, ...] = option(
+        (), help="which column of a data file holds which field, as in instruction=question output=answer", group="run"
+    )
     methods: bool = option(False, help="list the tuning methods and what each can do instead", group="run")
 
     @model_validator(mode="after")

@@ -55,6 +55,18 @@ class LoRA(Targeted):
         group="tuning",
     )
 
+    target_parameters: tuple[str, ...] = option(
+        (),
+        help="experts that are one parameter and no layers, in every decoder layer: experts.gate_up_proj and so on "
+        "(with --targets none: these alone)",
+        group="tuning",
+    )
+
+    @field_validator("target_parameters")
+    @classmethod
+    def _parameters(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name.strip() for item in value for name in item.split(",") if name.strip()))
+
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod
     def _pairs(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:

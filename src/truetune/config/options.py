@@ -26,6 +26,9 @@ class Options(BaseModel):
     positional: ClassVar[tuple[str, ...]] = ()
     """Fields that may be given without their flag, in this order."""
 
+    passes_over: ClassVar[type[Options] | None] = None
+    """A command whose keys may stand in a config file too; those that this one lacks are passed over."""
+
     if not TYPE_CHECKING:  # a type checker should see the fields, not **values
 
         def __init__(self, **values: Any) -> None:

@@ -91,6 +91,12 @@ class LlamaAdapter(AdapterConfig):
     adapter_layers: int | None = option(
         None, help="top layers that get them (default: all but the lowest two)", group="tuning", gt=0
     )
+    llama_adapter_v2: bool = option(
+        False,
+        help="the second version (arXiv:2304.15010): a trained bias and scale behind every linear layer, and trained "
+        "norms, beside the prompts",
+        group="tuning",
+    )
     gates: Literal["layer", "head"] = option(
         "layer",
         help="trained gates of the prompts: one per layer, as PEFT has it, or one per head, as the authors' code and "

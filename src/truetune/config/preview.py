@@ -9,7 +9,7 @@ from pydantic import field_validator, model_validator
 from typing_extensions import Self
 
 from truetune.config.groups import LengthGroup, ModelGroup, StepGroup
-from truetune.config.options import option
+from truetune.config.options import Options, option
 from truetune.config.sft import InstructionGroup, SFTConfig, VocabularyGroup
 
 _SPAN = re.compile(r"(\d+)(?:-(\d+))?")
@@ -19,6 +19,7 @@ class PreviewConfig(ModelGroup, InstructionGroup, LengthGroup, VocabularyGroup, 
     """Settings of ``truetune preview``: show rows as the loss will see them, and figures about all of them."""
 
     command: ClassVar[str] = "preview"
+    passes_over: ClassVar[type[Options] | None] = SFTConfig  # so that a run's own file can be previewed
 
     rows: str | None = option(
         None, help="rows to show, by the numbers that reports give them (counted from 1): 5,10-12", group="run"

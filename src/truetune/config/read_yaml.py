@@ -20,7 +20,7 @@ class FileValue(NamedTuple):
 
 
 def read_yaml(path: Path, config_class: type[Options]) -> dict[str, FileValue]:
-    """Field → what the file sets it to.
+    """Field → what the file sets it to, without the keys that ``config_class`` passes over.
 
     Raises:
         ConfigError: no such file, no YAML, or keys that are unknown or there twice; all of them at once.
@@ -32,13 +32,18 @@ def read_yaml(path: Path, config_class: type[Options]) -> dict[str, FileValue]:
         raise ConfigError(f"{path}: expected keys with values", ("for example", "model: path/to/model"))
     names, faults = spellings(config_class), []
     values: dict[str, FileValue] = {}
-    groups = {group_of(info) for info in config_class.model_fields.values()}
+    other = config_class.passes_over
+    ignored = spellings(other) if other else {}
+    kinds = (config_class, other) if other else (config_class,)
+    groups = {group_of(info) for kind in kinds for info in kind.model_fields.values()}
     for key_node, value_node in _entries(node, groups):
         said = key_node.value if isinstance(key_node, yaml.ScalarNode) else "a list or mapping"
         key = said.replace("-", "_")
         where = f"{path}:{key_node.start_mark.line + 1}"
+        if key not in names and key in ignored:
+            continue
         if key not in names:
-            close = nearest(key, names)
+            close = nearest(key, [*names, *ignored])
             faults.append(f"{where}: unknown key '{said}'" + (f"; did you mean '{close}'?" if close else ""))
         elif names[key] in values:
             faults.append(f"{where}: '{said}' is set twice, first in {values[names[key]].where}")

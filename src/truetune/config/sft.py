@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import field_validator, model_validator
 from typing_extensions import Self
 
-from truetune.config.groups import BaseGroup, LengthGroup, RunGroup, TrainingGroup
+from truetune.config.groups import BaseGroup, FormatName, LengthGroup, RunGroup, TrainingGroup
 from truetune.config.methods import METHODS, MethodName, TuningGroup
 from truetune.config.options import Options, option
 from truetune.config.quant import QuantGroup
@@ -78,7 +78,7 @@ class TrainConfig(VocabularyGroup, BaseGroup, QuantGroup, LengthGroup, TuningGro
 class InstructionGroup(Options):
     """How instructions, conversations and texts are read, worded and cut."""
 
-    format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt-completion", "text", "chosen"] = option(
+    format: FormatName = option(
         "auto",
         help="form of the rows; auto tells it from the columns; chosen takes the better answers of preference data",
         group="dataset",
@@ -105,6 +105,12 @@ class InstructionGroup(Options):
     )
     system_messages: Literal["keep", "drop", "error"] = option(
         "keep", help="the rows' own system messages: kept, dropped, or a fault", group="dataset"
+    )
+    text_blocks: bool = option(
+        False,
+        help="join texts and cut them into blocks of --max-length, as truetune pretrain does; not for conversations",
+        group="dataset",
+        alias=("constant_length",),
     )
     train_on: Literal["assistant", "last", "all"] = option(
         "assistant", help="tokens that carry a loss: every answer, the last answer, or everything", group="dataset"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from torch import Tensor
 
+from truetune.data.rejects import EXCERPT, excerpt
 from truetune.data.schema import Reject, TokenSet
 from truetune.errors import DataError
 
@@ -16,7 +17,12 @@ OnOverlong = Literal["auto", "error", "drop", "truncate"]
 
 
 def limit_lengths(
-    examples: TokenSet, max_length: int, policy: OnOverlong, say: Callable[[str], None]
+    examples: TokenSet,
+    max_length: int,
+    *,
+    policy: OnOverlong,
+    say: Callable[[str], None],
+    decode: Callable[[Sequence[int]], str],
 ) -> tuple[TokenSet, list[Reject]]:
     """Apply ``--on-overlong``.
 
@@ -24,6 +30,7 @@ def limit_lengths(
 
     Args:
         say: told one line about every kind of change.
+        decode: ids into text, for the start of a row in its reject.
     Raises:
         DataError: naming each row and its length.
     """
@@ -33,22 +40,30 @@ def limit_lengths(
     if policy == "error" or (policy == "auto" and len(long) > max(1, len(examples) // 100)):
         raise _overlong_error(examples, long, max_length)
     if policy == "truncate":
-        say(f"{len(long)} rows over {max_length:,} tokens were cut: {_listing(examples, long)}")
+        say(_cut_words(examples, long, max_length))
         return _rebuild(examples, set(), max_length), []
-    say(f"{len(long)} rows over {max_length:,} tokens are left out: {_listing(examples, long)}")
+    are = "is" if len(long) == 1 else "are"
+    say(f"{_rows(len(long))} over {max_length:,} tokens {are} left out: {_listing(examples, long)}")
     rejects = [
-        Reject(examples.origins[i], "over_length", f"{int(examples.lengths[i]):,} tokens, the limit is {max_length:,}")
+        Reject(
+            examples.origins[i], "over_length",
+            f"{int(examples.lengths[i]):,} tokens, the limit is {max_length:,}",
+            excerpt(decode(examples.example(i)[0][:EXCERPT].tolist())),
+        )
         for i in long
-    ]
+    ]  # fmt: skip
     return _rebuild(examples, set(long), max_length), rejects
 
 
 def truncation(before: TokenSet, after: TokenSet) -> dict[str, int]:
-    """What ``--on-overlong truncate`` cut off: rows that were shortened, and the tokens they lost."""
+    """What ``--on-overlong truncate`` cut off: rows that were shortened, the tokens they lost, and of those rows the
+    ones that now end within an answer, without the stop token behind it."""
     if len(before) != len(after):  # another policy: rows were left out whole, which is counted as rejects
-        return {"rows": 0, "tokens": 0}
+        return {"rows": 0, "tokens": 0, "without_stop": 0}
     lost = before.lengths - after.lengths
-    return {"rows": int(lost.count_nonzero()), "tokens": int(lost.sum())}
+    shorter: list[int] = lost.nonzero()[:, 0].tolist()
+    broken = sum(_breaks_an_answer(before, i, int(after.lengths[i])) for i in shorter)
+    return {"rows": len(shorter), "tokens": int(lost.sum()), "without_stop": broken}
 
 
 def shorten(tokens: Tensor, trained: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
@@ -58,13 +73,37 @@ def shorten(tokens: Tensor, trained: Tensor, max_length: int) -> tuple[Tensor, T
     answer without its question's end is worth less than a question without its start. What is still too long loses its
     end, and with it the stop token: a model must not learn to stop in mid-sentence.
     """
-    over = len(tokens) - max_length
-    if over <= 0:
+    if len(tokens) <= max_length:
         return tokens, trained
-    prompt = int(trained.nonzero()[0, 0]) if bool(trained.any()) else len(tokens)
-    front = min(over, max(0, prompt - max(1, max_length // 4)))
+    front = _off_the_front(trained, max_length)
     keep = [*range(1), *range(1 + front, len(tokens))][:max_length]
     return tokens[keep], trained[keep]
+
+
+def _off_the_front(trained: Tensor, max_length: int) -> int:
+    """How many tokens of an example that is too long go from its start, behind the first."""
+    prompt = int(trained.nonzero()[0, 0]) if bool(trained.any()) else len(trained)
+    return min(len(trained) - max_length, max(0, prompt - max(1, max_length // 4)))
+
+
+def _breaks_an_answer(examples: TokenSet, index: int, max_length: int) -> bool:
+    """Whether ``shorten`` ends the example between two trained tokens."""
+    _, trained = examples.example(index)
+    end = _off_the_front(trained, max_length) + max_length
+    return end < len(trained) and bool(trained[end - 1]) and bool(trained[end])
+
+
+def _cut_words(examples: TokenSet, rows: list[int], max_length: int) -> str:
+    broken = sum(_breaks_an_answer(examples, i, max_length) for i in rows)
+    one = broken == 1
+    stops = f" ({broken:,} within {'an answer, which then has' if one else 'answers, which then have'} no stop token)"
+    was = "was" if len(rows) == 1 else "were"
+    head = f"{_rows(len(rows))} over {max_length:,} tokens {was} cut{stops if broken else ''}"
+    return f"{head}: {_listing(examples, rows)}"
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row{'s' if count != 1 else ''}"
 
 
 def _rebuild(examples: TokenSet, without: set[int], max_length: int) -> TokenSet:
@@ -90,11 +129,13 @@ def _listing(examples: TokenSet, rows: list[int]) -> str:
 def _overlong_error(examples: TokenSet, rows: list[int], max_length: int) -> DataError:
     listing = "\n".join(f"{examples.origins[i]}: {int(examples.lengths[i]):,} tokens" for i in rows[:20])
     more = f"\n… and {len(rows) - 20} more" if len(rows) > 20 else ""
+    are = "is" if len(rows) == 1 else "are"
     return DataError(
-        f"{len(rows)} of {len(examples)} rows are longer than {max_length:,} tokens",
+        f"{len(rows):,} of {_rows(len(examples))} {are} longer than {max_length:,} tokens",
         ("rows", listing + more),
         (
             "way out",
-            "--on-overlong drop leaves them out, --on-overlong truncate cuts them, --max-length N raises the limit",
+            "--on-overlong drop leaves them out, --on-overlong truncate cuts them, --max-length N raises the limit; "
+            "texts can be joined and cut into blocks by --text-blocks",
         ),
     )

@@ -55,7 +55,9 @@ class Sketches:
     @property
     def matrix(self) -> Sketch:
         """[rows, 128] uint16, in the order of the texts."""
-        return np.concatenate([np.zeros((0, BINS), np.uint16), *self._parts])
+        if len(self._parts) != 1:  # put together once: a copy for each who asks would take as much again
+            self._parts = [np.concatenate([np.zeros((0, BINS), np.uint16), *self._parts])]
+        return self._parts[0]
 
 
 def near_repeats(sketches: Sketches, threshold: float = THRESHOLD) -> Pairs:

@@ -7,8 +7,10 @@ the row a reject.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 from truetune.data.formats.checks import RowError, check_answers
 from truetune.data.schema import Message, Row
@@ -35,15 +37,29 @@ class Policies:
         """
         if self.thinking != "keep" and any(map(_thinks, row.messages)):
             _refuse(self.thinking, "thinking", "an answer brings its reasoning", "--thinking")
-            row = replace(row, messages=tuple(map(_without_thoughts, row.messages)))
+            row = _less(row, "thinking", messages=tuple(map(_without_thoughts, row.messages)))
             check_answers(row.messages)
         if self.tools != "keep" and row.tools:
             _refuse(self.tools, "tools", f"the row brings {len(row.tools)} tools", "--tools")
-            row = replace(row, tools=())
+            row = _less(row, "tools", tools=())
         if self.system_messages != "keep" and any(message.role == "system" for message in row.messages):
             _refuse(self.system_messages, "system", "the row brings a system message", "--system-messages")
-            row = replace(row, messages=tuple(message for message in row.messages if message.role != "system"))
+            rest = tuple(message for message in row.messages if message.role != "system")
+            row = _less(row, "system_messages", messages=rest)
         return row
+
+    def dropping(self) -> list[str]:
+        """The kinds that are dropped, by the names that ``Row.dropped`` has for them."""
+        return [field.name for field in fields(self) if getattr(self, field.name) == "drop"]
+
+
+def drops(rows: Iterable[Row]) -> Counter[str]:
+    """From how many rows something was dropped, by its kind."""
+    return Counter(name for row in rows for name in row.dropped)
+
+
+def _less(row: Row, name: str, **left: Any) -> Row:
+    return replace(row, dropped=(*row.dropped, name), **left)
 
 
 def _refuse(policy: Policy, reason: str, found: str, flag: str) -> None:

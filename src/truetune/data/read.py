@@ -1,4 +1,4 @@
-"""Files into rows: JSON, JSON lines, CSV, Parquet and plain text, each row with its file and number.
+"""Files into rows: JSON, JSON lines, CSV, TSV, Parquet and plain text, each row with its file and number.
 
 Nothing is guessed and nothing is lost: what can't be read becomes a reject that names its row, and the rows after
 it keep their numbers. What the columns mean is the affair of ``truetune.data.formats``.

@@ -25,6 +25,7 @@ Parts = tuple[list[RawRow], list[Reject]]
 
 SIZE = 2 << 20  # bytes of text in a block, about: some thousand rows, of which a process holds one block at a time
 _TABLES = {".parquet": "Parquet", ".arrow": "Arrow", ".feather": "Feather"}
+_PARTED_BY = {".csv": ",", ".tsv": "\t"}
 _ROWS = 4096  # in a block of a format whose rows have no size before they are read
 
 
@@ -102,8 +103,8 @@ def _blocks(name: str, suffix: str, stream: BinaryIO, *, packed: bool) -> Iterat
     if stream.read(2) in (b"\xff\xfe", b"\xfe\xff"):
         raise DataError(f"{name}: UTF-16, not UTF-8", ("or", "iconv -f utf-16 -t utf-8 FILE > NEW"))
     stream.seek(0)
-    if suffix == ".csv":
-        yield from _in_blocks(name, parse_csv(name, stream))
+    if suffix in _PARTED_BY:
+        yield from _in_blocks(name, parse_csv(name, stream, mark=_PARTED_BY[suffix]))
     elif suffix == ".txt":
         yield Block(name, 0, parts=_read_text(name, stream.read()))
     elif suffix == ".json" and not _starts_like_lines(stream):

@@ -1,4 +1,4 @@
-"""CSV: a header row, then one row per record."""
+"""CSV and TSV: a header row, then one row per record."""
 
 from __future__ import annotations
 
@@ -11,18 +11,25 @@ from truetune.data.rejects import excerpt
 from truetune.data.schema import Origin, RawRow, Reject
 from truetune.errors import DataError
 
+MARKS = {",": "commas", "\t": "tabs"}
 
-def parse_csv(name: str, stream: BinaryIO) -> Iterator[RawRow | Reject]:
+
+def parse_csv(name: str, stream: BinaryIO, *, mark: str = ",") -> Iterator[RawRow | Reject]:
     """Rows numbered by record from 1, the header not counted. All values are strings, as CSV knows no other type.
 
+    Args:
+        name: of the file, for reports.
+        stream: its bytes.
+        mark: what parts the columns, one of those in ``MARKS``.
+
     Raises:
-        DataError: a header that can't be read, names a column twice, or is parted by something else than commas.
+        DataError: a header that can't be read, names a column twice, or is parted by something else than ``mark``.
     """
     limit = csv.field_size_limit(2**31 - 1)  # the default refuses fields over 128 KiB
     try:
         # surrogateescape keeps an invalid byte recognisable in its own record, so the others stay usable
         with io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="") as text:
-            header, records = _records(name, text)
+            header, records = _records(name, text, mark)
             for number, (line, record) in enumerate(records, start=1):
                 origin = Origin(name, number)
                 if isinstance(record, csv.Error):
@@ -35,15 +42,22 @@ def parse_csv(name: str, stream: BinaryIO) -> Iterator[RawRow | Reject]:
         csv.field_size_limit(limit)
 
 
-def _records(name: str, text: io.TextIOWrapper) -> tuple[list[str], Iterator[tuple[int, list[str] | csv.Error]]]:
+def _records(
+    name: str, text: io.TextIOWrapper, mark: str
+) -> tuple[list[str], Iterator[tuple[int, list[str] | csv.Error]]]:
     # strict: otherwise a quote that is never closed swallows the rest of the file without a word
-    reader = csv.reader(text, strict=True)
+    reader = csv.reader(text, delimiter=mark, strict=True)
     try:
         header = next((record for record in reader if record), [])
     except csv.Error as error:
         raise DataError(f"{name}: the header can't be read: {error}") from error
-    if len(header) == 1 and any(mark in header[0] for mark in ";\t|"):
-        raise DataError(f"{name}: one column called {header[0]!r}", ("expected", "columns parted by commas"))
+    if len(header) == 1 and any(other in header[0] for other in ",;\t|"):
+        tabs = "a file of columns parted by tabs is called .tsv" if "\t" in header[0] else ""
+        raise DataError(
+            f"{name}: one column called {header[0]!r}",
+            ("expected", f"columns parted by {MARKS[mark]}"),
+            ("way out", tabs),
+        )
     if twice := sorted({column for column in header if header.count(column) > 1}):
         raise DataError(f"{name}: the header names a column twice: {', '.join(twice)}")
 

@@ -64,12 +64,14 @@ class Row:
     """A row whose format is understood: a conversation, or a plain text (then ``messages`` is empty).
 
     ``tools`` are those the conversation may call, each ``{"type": "function", "function": {"name": …, …}}``.
+    ``dropped`` names the policies of ``data.policy`` that took something off the row; it is no part of its content.
     """
 
     origin: Origin
     messages: tuple[Message, ...] = ()
     text: str = ""
     tools: tuple[Mapping[str, Any], ...] = ()
+    dropped: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,12 @@ from truetune.data.compressed import PACKINGS, unpacker_of
 from truetune.data.registry import DEFAULT, Entry, check_hash, entry_of
 from truetune.errors import DataError, nearest
 
-_TEXTS = (".json", ".jsonl", ".ndjson", ".csv", ".txt")
+_TEXTS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt")
+# Words in the names of files by which data sets tell their parts.
+_PARTS = {
+    "training": ("train", "training"),
+    "evaluation": ("test", "testing", "val", "valid", "validation", "dev", "eval"),
+}
 SUFFIXES = (*_TEXTS, ".parquet", ".arrow", ".feather", *(text + packing for text in _TEXTS for packing in PACKINGS))
 _KINDS = f"{' '.join(_TEXTS)} (also packed: {' '.join(PACKINGS)}) .parquet .arrow .feather"
 
@@ -82,6 +87,25 @@ def passed_over(paths: Sequence[str]) -> list[str]:
         for file in sorted(folder.iterdir())
         if file.is_file() and not file.name.startswith(".") and not suffix_of(file.name)
     ]
+
+
+def mixed_parts(paths: Sequence[str]) -> list[str]:
+    """What to warn of: folders and globs among ``paths`` whose files are, by their names, to train on and to test on.
+
+    Raises:
+        DataError: as ``find_sources``.
+    """
+    found = []
+    for source in find_sources(paths):
+        by_part = {part: [file for file in source.files if _is_of(file, words)] for part, words in _PARTS.items()}
+        if len(source.files) > 1 and all(by_part.values()):
+            held = ", ".join(os.path.basename(file) for file in by_part["evaluation"][:5])
+            found.append(f"{source.name}: all of its files are read, {held} too, which by its name is no training data")
+    return found
+
+
+def _is_of(file: str, words: Sequence[str]) -> bool:
+    return not set(words).isdisjoint(re.split(r"[^a-z]+", os.path.basename(file).lower()))
 
 
 def suffix_of(path: str) -> str:

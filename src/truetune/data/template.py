@@ -103,6 +103,8 @@ _DEFAULT_SYSTEM = """\
 {%% set messages = [{'role': 'system', 'content': %s}] + (messages | list) %%}{%% endif %%}
 """
 _PINNED = "{% macro strftime_now(format) %}"
+_SWITCH = "enable_thinking"
+_NO_THINKING = f"{{% set {_SWITCH} = false %}}\n"
 
 
 def with_default_system(source: str, system: str | None) -> str:
@@ -113,6 +115,14 @@ def with_default_system(source: str, system: str | None) -> str:
     if system is None:
         return source
     return _DEFAULT_SYSTEM % json.dumps(system, ensure_ascii=False) + source  # Jinja knows JSON's escapes
+
+
+def without_thinking(source: str) -> str:
+    """The template told not to open any reasoning, where it can be told: by the switch that Qwen3's has.
+
+    So the prompt that is trained on, and every prompt of the result, is the one for answers that do not think.
+    """
+    return _NO_THINKING + source if _SWITCH in source and not source.startswith(_NO_THINKING) else source
 
 
 def asks_for_date(template: Template) -> bool:

@@ -20,6 +20,7 @@ from truetune.adapters.vocabulary import new_tokens, resized, rows_of_table
 from truetune.checkpoint.header import TensorEntry, few
 from truetune.checkpoint.tensors import load, name_in_checkpoint
 from truetune.errors import AdapterError
+from truetune.export.expert_files import one_by_one
 from truetune.export.merge import Addition, Edit
 
 _PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -50,10 +51,16 @@ def fold(model: nn.Module, file: AdapterFile, entries: Mapping[str, TensorEntry]
     changes |= {name: _enlarge(changes.get(name), *sizes) for name, sizes in larger.items()}
     keys = list(entries)
     stored = {name: name_in_checkpoint(name, keys, prefix) for name in changes}
+    apart = {
+        name: parts
+        for name, key in stored.items()
+        if not key and (parts := one_by_one(name, changes[name], entries, prefix))
+    }
     shapes = {name: (rows, *entries[key].shape[1:]) for name, (rows, _) in larger.items() if (key := stored[name])}
     edits: dict[str, Edit | Addition] = {
         key: Edit(key, changes[name], shape=shapes.get(name)) for name, key in stored.items() if key
     }
+    edits |= {key: Edit(key, change) for parts in apart.values() for key, change in parts.items()}
     config: dict[str, Any] = {}
     shared = tuple(f"{path}.weight" for path in attached.untied or tied_paths(model))
     where = {name: name_in_checkpoint(name, keys, prefix) for name in shared}
@@ -66,7 +73,7 @@ def fold(model: nn.Module, file: AdapterFile, entries: Mapping[str, TensorEntry]
         for name, other in (shared, shared[::-1]):
             if not where[name] and (key := where[other]):
                 edits[name] = _of_its_own(name, changes.get(name), entries[key], shapes.get(other))
-    if missing := [name for name, key in stored.items() if not key and name not in shared]:
+    if missing := [name for name, key in stored.items() if not key and name not in {*shared, *apart}]:
         raise AdapterError(
             f"the base's files have no tensor {', '.join(missing[:5])}" + (" …" if len(missing) > 5 else ""),
             ("likely", "transformers renames this model's weights while loading, which a streaming merge can't follow"),

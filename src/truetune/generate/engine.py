@@ -142,6 +142,11 @@ class Engine:
             "path": type(self.runner).__name__.removesuffix("Runner").lower(),
         }
 
+    @property
+    def lock(self) -> threading.RLock:
+        """Held while the model computes; who computes with it beside the engine holds it too."""
+        return self._lock
+
     # ---- the loop
 
     def step(self) -> bool:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from truetune.adapters.base import Adapter
 from truetune.adapters.token_rows import HeadRows
 from truetune.ops.loss import Head
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:

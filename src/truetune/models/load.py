@@ -6,11 +6,9 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from truetune.checkpoint.side_files import FETCHED, NOT_FETCHED
 from truetune.config.quant import QuantRecipe
@@ -25,6 +23,9 @@ from truetune.models.weights import fingerprint as fingerprint
 from truetune.models.weights import weight_hash as weight_hash
 from truetune.quant.replace import replace
 
+if TYPE_CHECKING:  # three seconds of processor time; what only reads files does without
+    from transformers import PreTrainedModel
+
 DEFAULT_LENGTH = 2048  # tokens of an example, where neither the user nor the model sets a lower limit
 
 # What loading and tokenising share; the library would ask on the terminal whether to run a model's code.
@@ -38,6 +39,8 @@ def load_config(name: str, *, revision: str | None = None) -> Any:
         ModelError: not found, unreadable, of an unknown architecture, or no causal language model.
         ConfigError: a revision of a local folder.
     """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
     folder = name
     if is_local(name):
         folder = str(model_folder(name))
@@ -153,6 +156,8 @@ def load_model(
 
 
 def _load_dense(name: str, config: Any, dtype: torch.dtype, revision: str | None) -> tuple[PreTrainedModel, Any]:
+    from transformers import AutoModelForCausalLM
+
     folder = name
     if is_local(name):
         folder = str(model_folder(name))
@@ -181,6 +186,8 @@ def save_model(model: PreTrainedModel, folder: Path) -> None:
 
 def skeleton(config: Any, *, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a config with shapes and no weights, on the meta device."""
+    from transformers import AutoModelForCausalLM
+
     config = copy.deepcopy(config)  # the library writes the dtype into it
     with quiet(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -265,16 +272,18 @@ def _explain(name: str, text: str) -> ModelError:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep the library's bars and advice off the terminal; what matters is checked and said by us."""
-    verbosity = transformers.logging.get_verbosity()
-    bars = transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
-        transformers.logging.set_verbosity(verbosity)
+        logging.set_verbosity(verbosity)
         if bars:
-            transformers.logging.enable_progress_bar()
+            logging.enable_progress_bar()
 
 
 def local_copy(name: str, *, revision: str | None = None) -> Path:

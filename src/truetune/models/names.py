@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from transformers import CONFIG_MAPPING
-
 from truetune.errors import ModelError, nearest
 
 
@@ -87,6 +85,8 @@ def check_config(folder: Path) -> None:
             f"--model: {path} does not say what kind of model it describes",
             ("expected", 'a JSON object with a "model_type", such as "llama"'),
         )
+    from transformers import CONFIG_MAPPING  # a second of processor time, which a merge by files does without
+
     if kind in CONFIG_MAPPING:
         return
     if "auto_map" in config:

@@ -10,11 +10,10 @@ import contextlib
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, PreTrainedModel
 
 from truetune.checkpoint import mapped
 from truetune.checkpoint.header import TensorEntry
@@ -24,6 +23,9 @@ from truetune.errors import ModelError, QuantizationError
 from truetune.quant import bnb_state
 from truetune.quant.base import QuantLinear
 from truetune.quant.replace import linear_layers, quantisable, replace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", bnb_state.STATE)
 
@@ -94,6 +96,8 @@ def load_quantised(
         ModelError: files that can't be read.
         QuantizationError: weights that can't be packed, or packed ones that don't fit.
     """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
+
     entries = open_index(folder)
     cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     config = dense_config(config)

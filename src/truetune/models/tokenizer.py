@@ -9,8 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from transformers import AddedToken, AutoTokenizer, GenerationConfig
-
 from truetune.errors import ModelError, TemplateError
 from truetune.models.load import known_copy
 from truetune.models.names import is_local, model_folder, only_local
@@ -50,6 +48,8 @@ class ChatTokenizer:
         Raises:
             ModelError: there is none, or it can't be read.
         """
+        from transformers import AutoTokenizer
+
         source = str(model_folder(name)) if is_local(name) else name
         options = {"revision": revision, "local_files_only": only_local(name)}
         if is_local(name) and not any((Path(source) / file).is_file() for file in _FILES):
@@ -115,6 +115,8 @@ class ChatTokenizer:
 
         They are plain tokens, not special ones: text that is decoded shows them.
         """
+        from transformers import AddedToken
+
         self.hf.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens])
         vocabulary = self.hf.get_vocab()
         new = {token: int(vocabulary[token]) for token in tokens}
@@ -162,6 +164,8 @@ class ChatTokenizer:
 
 def _generation_stops(source: str, options: Mapping[str, Any]) -> list[int]:
     """The ids that end a generation by the model's generation config."""
+    from transformers import GenerationConfig
+
     try:
         stops = GenerationConfig.from_pretrained(source, **options).eos_token_id
     except (OSError, ValueError):

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _ROWS = 1024  # of a weight that are wide at a time
+_CACHED = 1 << 18  # values of a weight that are merged at a time: twice a megabyte in float32
 _EXACT, _SPARE, _ITERATIONS = 1024, 16, 8
 
 
@@ -55,7 +56,16 @@ def fold(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         the update would be rounded twice and mostly lost.
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
-    return torch.add(weight.to(wide), b.to(wide) @ a.to(wide), alpha=scale).to(weight.dtype)
+    a, b = a.detach().to(wide), b.detach().to(wide)
+    # Some rows at a time: they stay in the cache, and fresh pages for whole matrices cost more than the arithmetic.
+    rows = max(1, _CACHED // max(1, weight.shape[1]))
+    merged = torch.empty_like(weight, memory_format=torch.contiguous_format, requires_grad=False)
+    sums = torch.empty(min(rows, len(weight)), weight.shape[1], dtype=wide, device=weight.device)
+    update = torch.empty_like(sums)
+    for source, target, left in zip(*(torch.split(t, rows) for t in (weight.detach(), merged, b)), strict=True):
+        part = torch.mm(left, a, out=update[: len(left)])
+        target.copy_(sums[: len(left)].copy_(source).add_(part, alpha=scale))
+    return merged
 
 
 def squared_rows(weight: Tensor) -> Tensor:

@@ -167,6 +167,7 @@ def _contradiction(wrong: Mapping[str, str], file: AdapterFile) -> ConfigError:
 
 
 def _check_places(file: AdapterFile, asked: Resolved[Any], model: Any) -> None:
+    """That targets and parts that were named anew mean the adapter's own; an empty model will do."""
     given = {name: getattr(asked.config, name) for name in _given(asked) & {*_PLACES, "trainable"}}
     if not given:
         return
@@ -174,11 +175,11 @@ def _check_places(file: AdapterFile, asked: Resolved[Any], model: Any) -> None:
     wrong = {}
     places = {name: value for name, value in given.items() if name in _PLACES}
     if places and isinstance(settings, Targeted):
-        asked = module_of(settings.kind).sites(model, settings.model_copy(update=places))
+        meant = module_of(settings.kind).sites(model, settings.model_copy(update=places))
         there = targeted(model, settings, all_must_match=False)
-        if set(asked) != set(there):
+        if set(meant) != set(there):
             wrong = {
-                n: f"{_text(v)}: {len(asked)} layers, and the adapter is on {len(there)}" for n, v in places.items()
+                n: f"{_text(v)}: {len(meant)} layers, and the adapter is on {len(there)}" for n, v in places.items()
             }
     parts = given.get("trainable", ())
     if parts and set(full_modules(model, parts)) != set(saved_modules(model, file.config)):

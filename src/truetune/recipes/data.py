@@ -22,9 +22,9 @@ from truetune.data.schema import Reject, Row, TokenSet
 from truetune.data.shards import MappedSet
 from truetune.data.shards_made import Encode, ShardMaker
 from truetune.data.sources import find_files, find_sources, passed_over
-from truetune.data.template import Template, asks_for_date, pin_date, resolve_template
+from truetune.data.template import Template, asks_for_date, pin_date, resolve_template, without_thinking
 from truetune.data.token_cache import Tokenised, key_of, through_cache
-from truetune.errors import DataError, TemplateError
+from truetune.errors import ConfigError, DataError, TemplateError
 from truetune.models.tokenizer import ChatTokenizer
 from truetune.recipes.tokenise import Limit, Told, intake, sources, tokenise
 from truetune.recipes.tokenise_shards import tokenise_in
@@ -100,25 +100,41 @@ def prepare_sft(
         encode_rows, encoder=tokenizer, train_on=config.train_on, system=config.system, retold=retold
     )
 
-    def say_date(told: Told, templated: bool) -> None:
+    def say_read(told: Told, templated: bool) -> None:
+        if templated and config.text_blocks:
+            raise ConfigError(
+                "--text-blocks: there are conversations among the rows, and only texts are joined and cut",
+                ("way out", "no --text-blocks: rows share micro-batches without padding anyway"),
+                ("or", "--format text, where the rows have a text as well"),
+            )
+        if templated and config.fim_rate:
+            told.warn("--fim-rate: the conversations among the rows stay as they are; it is for texts alone")
         if templated and (day := wording()[1]):
             told.note(f"the template tells the date: it stays {day}, in this run and in every prompt of its result")
 
     def limit(told: Told) -> Limit:
-        return functools.partial(limit_lengths, max_length=max_length, policy=config.on_overlong, say=told.warn)
+        if config.text_blocks:
+            told.note(f"texts are joined, and cut into blocks of {max_length:,} tokens")
+            return _no_limit
+        return functools.partial(
+            limit_lengths, max_length=max_length, policy=config.on_overlong, say=told.warn, decode=tokenizer.decode
+        )
+
+    def finished(made: Tokenised) -> Tokenised:
+        return _in_blocks(made, max_length) if config.text_blocks else made
 
     def build(told: Told) -> Tokenised:
         source, held = sources(config, config.format, told)
         templated = any(row.messages for row in [*source.rows, *held.rows])
         template = wording()[0] if templated else None
-        say_date(told, templated)
+        say_read(told, templated)
         encoded = functools.partial(encode, template=template)
-        return replace(tokenise(config, source, held, encoded, limit(told)), templated=templated)
+        return replace(finished(tokenise(config, source, held, encoded, limit(told))), templated=templated)
 
     def build_in(told: Told, work: Path) -> Tokenised:
         maker = functools.partial(_maker, intake(config), config.format, _encoder(encode, wording))
-        return tokenise_in(
-            config, work, told, maker=maker, limit=limit(told), when_read=functools.partial(say_date, told)
+        return finished(
+            tokenise_in(config, work, told, maker=maker, limit=limit(told), when_read=functools.partial(say_read, told))
         )
 
     made, cached = _made(
@@ -144,26 +160,31 @@ def prepare_pretrain(
     retold = FillInTheMiddle.of(tokenizer, config.fim_rate, seed=config.seed)
     encode = functools.partial(encode_rows, template=None, encoder=tokenizer, train_on="all", retold=retold)
 
-    def limit(examples: TokenSet) -> tuple[TokenSet, list[Reject]]:
-        return examples, []
-
     def build(told: Told) -> Tokenised:
-        return in_blocks(tokenise(config, *sources(config, "text", told), encode, limit))
+        return _in_blocks(tokenise(config, *sources(config, "text", told), encode, _no_limit), max_length)
 
     def build_in(told: Told, work: Path) -> Tokenised:
         maker = functools.partial(_maker, intake(config), "text", encode)
-        return in_blocks(tokenise_in(config, work, told, maker=maker, limit=limit, when_read=lambda templated: None))
-
-    def in_blocks(whole: Tokenised) -> Tokenised:
-        blocks = cut_into_blocks(whole.train, max_length)
-        held_blocks = cut_into_blocks(whole.held_out, max_length) if whole.held_out else None
-        whole.report.update(trained_tokens=blocks.trained_count(), max_length_seen=int(blocks.lengths.max()))
-        return replace(whole, train=blocks, held_out=held_blocks)
+        return _in_blocks(
+            tokenise_in(config, work, told, maker=maker, limit=_no_limit, when_read=lambda templated: None), max_length
+        )
 
     made, cached = _made(
         functools.partial(_key, config, tokenizer, max_length), build, build_in if is_large(config) else None, screen
     )
     return Prepared(made.train, made.held_out, None, made.rejects, made.report, cached=cached)
+
+
+def _no_limit(examples: TokenSet) -> tuple[TokenSet, list[Reject]]:
+    """Texts of any length: they are cut into blocks."""
+    return examples, []
+
+
+def _in_blocks(whole: Tokenised, max_length: int) -> Tokenised:
+    blocks = cut_into_blocks(whole.train, max_length)
+    held_blocks = cut_into_blocks(whole.held_out, max_length) if whole.held_out else None
+    whole.report.update(trained_tokens=blocks.trained_count(), max_length_seen=int(blocks.lengths.max()))
+    return replace(whole, train=blocks, held_out=held_blocks)
 
 
 def is_large(config: TrainConfig) -> bool:
@@ -275,4 +296,6 @@ def _wording(
     if config.template == "auto" and (trained := card.get("template")):
         return Template(trained["name"], trained["source"]), card.get("date")
     template = resolve_template(config.template, tokenizer)
+    if config.thinking == "drop":
+        template = replace(template, source=without_thinking(template.source))
     return (pin_date(template, today), today) if asks_for_date(template) else (template, None)

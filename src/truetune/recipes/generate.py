@@ -16,7 +16,7 @@ from truetune.config.generate import AnswerGroup, GenerateConfig
 from truetune.config.resolve import Resolved
 from truetune.data.schema import Message
 from truetune.data.template import Template, resolve_template
-from truetune.errors import ConfigError, ModelError
+from truetune.errors import ConfigError, ModelError, TemplateError
 from truetune.generate.engine import Engine
 from truetune.generate.request import Delta, Handle, Request, Sampling
 from truetune.models import load
@@ -43,15 +43,28 @@ class Speaker:
         """The ids of a prompt, worded exactly as in training, with ``system`` in place of its system message."""
         return self.conversation_ids([Message("user", prompt, instruction=prompt, input="")], system)
 
-    def conversation_ids(self, turns: Sequence[Message], system: str | None = None) -> list[int]:
+    def conversation_ids(
+        self, turns: Sequence[Message], system: str | None = None, *, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[int]:
         """The same of a conversation; without a template its texts follow each other."""
         if self.template is None:
             text = self.tokenizer.bos_token + "".join(turn.content for turn in turns)
         else:
             system = self.system if system is None else system
             head = (Message("system", system),) if system is not None and turns[0].role != "system" else ()
-            text = self.template.render(self.tokenizer, (*head, *turns), prompt=True)
+            text = self._rendered(self.template, (*head, *turns), tools)
         return self.tokenizer.encode([text])[0]
+
+    def _rendered(self, template: Template, turns: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> str:
+        """As training words it: arguments of calls as text for a template that takes them no other way."""
+        if tools and "tools" not in template.source:
+            raise TemplateError("the template has no place for tools")
+        try:
+            return template.render(self.tokenizer, turns, tools=tools, prompt=True)
+        except TemplateError:
+            if not any(turn.tool_calls for turn in turns):
+                raise
+            return template.render(self.tokenizer, turns, tools=tools, calls_as_text=True, prompt=True)
 
 
 def run(resolved: Resolved[GenerateConfig]) -> dict[str, Any]:
@@ -178,7 +191,7 @@ def load_speaker(config: AnswerGroup, screen: Screen, *, attached: bool = True) 
             screen.note(remark)
         tokenizer = tokenizer_of(file, tokenizer, screen)
     card = file.card if file else {}
-    template = _template(config.template, card, tokenizer, screen)
+    template = template_of(config.template, card, tokenizer, screen)
     for parent in parents.values():
         check_template(parent, template, allowed=config.allowed)
     precision = choose_precision(config.dtype, load.checkpoint_dtype(model_config), device=device)
@@ -207,7 +220,8 @@ def _add_up(model: Any, parents: Mapping[str, files.AdapterFile], weights: Seque
     bank.use(list(parents), weights)
 
 
-def _template(setting: str, card: Any, tokenizer: ChatTokenizer, screen: Screen) -> Template | None:
+def template_of(setting: str, card: Any, tokenizer: ChatTokenizer, screen: Screen) -> Template | None:
+    """The template that ``--template`` means beside an adapter's card; None for bare text."""
     if setting == "none":
         return None
     if setting == "auto":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +18,20 @@ from truetune.config.inspect import InspectConfig
 from truetune.config.methods import METHODS
 from truetune.config.resolve import Resolved
 from truetune.data.duplicates import likeness, said
-from truetune.data.formats import detect, parse_rows
+from truetune.data.formats import Choice
+from truetune.data.formats.columns import parse_columns
+from truetune.data.intake import Intake
 from truetune.data.language import holds_code, scripts
 from truetune.data.read import read_rows
 from truetune.data.rejects import counts
+from truetune.data.schema import Reject, Row
 from truetune.data.sources import suffix_of
 from truetune.errors import DataError, nearest
 from truetune.models import load
 from truetune.recipes.resume import read_settings
 from truetune.train.log import whole_rows
+
+Parse = Callable[..., tuple[list[Row], list[Reject]]]  # as ``Intake``, with the format settled
 
 
 def run(resolved: Resolved[InspectConfig]) -> dict[str, Any]:
@@ -35,7 +42,8 @@ def run(resolved: Resolved[InspectConfig]) -> dict[str, Any]:
     if not path.exists():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(f"there is no file or folder {path}", ("did you mean", nearest(path.name, siblings)))
-    facts = describe(path)
+    intake = Intake(columns=parse_columns(resolved.config.columns))
+    facts = describe(path, functools.partial(intake, form=resolved.config.format))
     width = max(map(len, facts))
     for key, value in facts.items():
         print(f"{key:<{width}}  {_text(value)}")  # noqa: T201 - the command's output
@@ -57,8 +65,8 @@ def list_methods() -> dict[str, Any]:
     return {name: {key: getattr(method, key) for key in own} for name, method in METHODS.items()}
 
 
-def describe(path: Path) -> dict[str, Any]:
-    """The facts about a path, ``kind`` first."""
+def describe(path: Path, parse: Parse) -> dict[str, Any]:
+    """The facts about a path, ``kind`` first; ``parse`` understands the rows of data files."""
     if path.is_dir():
         for marker, look in (
             ("run.yaml", _run), ("state.json", _checkpoint), (files.CONFIG, _adapter), ("config.json", _model),
@@ -72,8 +80,8 @@ def describe(path: Path) -> dict[str, Any]:
                 ("expected", "the folder of a model, an adapter, a checkpoint or a run, or a file or folder of rows"),
             )
     if path.is_file() and path.suffix == ".safetensors":
-        return describe(path.parent)
-    return _data(path)
+        return describe(path.parent, parse)
+    return _data(path, parse)
 
 
 def find_data(folder: Path) -> list[Path]:
@@ -156,10 +164,11 @@ def _run(path: Path) -> dict[str, Any]:
     }
 
 
-def _data(path: Path) -> dict[str, Any]:
+def _data(path: Path, parse: Parse) -> dict[str, Any]:
     raw, unreadable = read_rows([str(path)])
-    form = detect(raw) if raw else "none: no row can be read"
-    rows, misfits = parse_rows(raw, "auto") if raw else ([], [])
+    settled: dict[str, Choice] = {}
+    rows, misfits = parse(raw, choices=settled)
+    form = ", ".join(dict.fromkeys(choice.form.NAME for choice in settled.values())) or "none: no row can be read"
     roles = Counter(message.role for row in rows for message in row.messages)
     alike = likeness(rows)
     return {

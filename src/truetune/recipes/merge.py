@@ -26,9 +26,8 @@ from truetune.recipes import merge_adapters
 from truetune.recipes.adapter import check_base
 from truetune.recipes.artefacts import note_artefact
 from truetune.recipes.merge_forecast import forecast, identity_of
-from truetune.recipes.merge_plan import plan_merge
+from truetune.recipes.merge_plan import config_of, plan_merge
 from truetune.recipes.new_tokens import files_of, tokenizer_of
-from truetune.recipes.verify import after_merge, check_provable
 from truetune.train.log import Screen
 from truetune.train.memory import peak_mb
 
@@ -36,9 +35,11 @@ from truetune.train.memory import peak_mb
 def run(resolved: Resolved[MergeConfig]) -> dict[str, Any]:
     """Merge as the config says; returns what ``--json`` prints."""
     config, screen = resolved.config, Screen()
+    named = load.local_copy(config.model, revision=config.revision) if config.model else None
     parents = merge_adapters.read_all(config)
     name = config.model or merge_adapters.named_base(parents)
-    base = load.local_copy(name, revision=config.revision)
+    base = named or load.local_copy(name, revision=config.revision)
+    config = config.model_copy(update={"model": name})
     for parent in parents.values():
         check_base(parent, name, base, allowed=config.allowed)
     if config.to == "adapter":
@@ -50,11 +51,13 @@ def _into_base(
     config: MergeConfig, parents: Mapping[str, files.AdapterFile], name: str, base: Path, screen: Screen
 ) -> dict[str, Any]:
     """Write a model: the base under ``name`` with one adapter in it, or with what several are together."""
-    model_config = load.load_config(str(base))
     file = next(iter(parents.values()))
+    model_config = config_of(config, file, base)
     if config.combines:
         file = merge_adapters.combined(config, parents, model_config, screen)
     if config.verify:
+        from truetune.recipes.verify import check_provable  # which imports all that answers are made with
+
         check_provable(str(file.folder), name)
     plan = plan_merge(config, file, base, model_config)
     changes = plan.changes
@@ -85,7 +88,7 @@ def _into_base(
             changes.edits,
             drop=plan.drop,
             config_updates=changes.config,
-            extra_files=_tokenizer_files(config, file, screen) | _extra_files(base, file),
+            extra_files=tokenizer_files(config, file, screen) | extra_files(base, file),
             max_shard_bytes=int(config.max_shard_gb * 1e9),
             progress=progress,
             identity=identity,
@@ -116,6 +119,8 @@ def _into_base(
         "kept": report.kept,
     }
     if config.verify:
+        from truetune.recipes.verify import after_merge
+
         proof = after_merge(str(file.folder), config.out, name, allow_mismatch=sorted(config.allowed))
         result |= {"verify": proof["verdict"], "exit_code": proof["exit_code"]}
     return result
@@ -146,7 +151,7 @@ def _pack(
                 f"{report.relative_error:.1%} of their norm{far}")  # fmt: skip
 
 
-def _tokenizer_files(config: MergeConfig, file: files.AdapterFile, screen: Screen) -> dict[str, bytes | Path]:
+def tokenizer_files(config: MergeConfig, file: files.AdapterFile, screen: Screen) -> dict[str, bytes | Path]:
     """Those of the tokenizer with the tokens that the adapter brings; none where it brings none."""
     if not file.settings.token_rows:
         return {}
@@ -156,7 +161,7 @@ def _tokenizer_files(config: MergeConfig, file: files.AdapterFile, screen: Scree
     return files_of(tokenizer) if len(tokenizer.hf) > before else {}
 
 
-def _extra_files(base: Path, file: files.AdapterFile) -> dict[str, bytes | Path]:
+def extra_files(base: Path, file: files.AdapterFile) -> dict[str, bytes | Path]:
     """The template that trained the adapter, and the stop tokens it taught, go with the merged model."""
     extra: dict[str, bytes | Path] = {}
     template, system = file.card.get("template"), file.card.get("system")

@@ -19,6 +19,7 @@ from truetune.errors import AdapterError, ConfigError
 from truetune.export.fold import Fold, check_plain, fold
 from truetune.export.onto import Drift, on_quantised, recipe_of, stored_packed, unpacked
 from truetune.models import load
+from truetune.models.outline import PlainConfig, outline, plain_config
 from truetune.quant.replace import linear_layers, quantisable
 from truetune.recipes.new_tokens import vocabulary_update
 
@@ -36,6 +37,21 @@ class MergePlan:
     drift: Drift | None = None
 
 
+def config_of(config: MergeConfig, file: files.AdapterFile, base: Path) -> Any:
+    """The base's config: by its files where they tell all that this merge asks of it, else as transformers reads it.
+
+    Raises:
+        ModelError: as ``load.load_config``.
+    """
+    settings = file.settings
+    packs = config.combines or config.recipe() or recipe_of(file.card)
+    if settings.kind == "lora" and not settings.token_rows and not packs:
+        found = plain_config(base, open_index(base))
+        if found is not None:
+            return found
+    return load.load_config(str(base))
+
+
 def plan_merge(config: MergeConfig, file: files.AdapterFile, base: Path, model_config: Any) -> MergePlan:
     """Decide what is merged onto what.
 
@@ -51,7 +67,10 @@ def plan_merge(config: MergeConfig, file: files.AdapterFile, base: Path, model_c
     stored, trained_on = load.check_readable(str(base), model_config), recipe_of(file.card)
     dtype = _dtype(file, model_config)
     entries = open_index(base)
-    model = load.skeleton(load.dense_config(model_config), dtype=dtype)
+    if isinstance(model_config, PlainConfig):
+        model: Any = outline(model_config, entries)
+    else:
+        model = load.skeleton(load.dense_config(model_config), dtype=dtype)
     prefix = model.base_model_prefix
     recipe = stored or trained_on
     paths = [path for path, _ in linear_layers(model)] if stored else quantisable(model, recipe) if recipe else []

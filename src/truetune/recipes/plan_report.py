@@ -213,11 +213,13 @@ def _say_data(setup: Setup, screen: Screen) -> None:
         + (" (tokens from the cache)" if setup.prepared.cached else "")
     )
     if template := setup.prepared.template:
-        cut = report["truncated"]["rows"]
-        screen.note(
-            f"template: {template.name} ({template.digest[:8]}) · every answer ends in a stop token, trained"
-            + (f"; {cut:,} rows were cut, and may have lost theirs" if cut else "")
-        )
+        screen.note(f"template: {template.name} ({template.digest[:8]}) · {stops_said(report['truncated'])}")
+
+
+def stops_said(truncated: dict[str, int]) -> str:
+    """Whether every answer ends in a stop token, in words; ``truncated`` as ``data.length.truncation`` counts it."""
+    words, broken = "every answer ends in a stop token, trained", truncated["without_stop"]
+    return words + (f", but for {broken:,} that were cut short" if broken else "")
 
 
 def _say_model(setup: Setup, screen: Screen, *, base: int, trained: int, sites: int) -> None:

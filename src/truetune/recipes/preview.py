@@ -102,6 +102,7 @@ def summarise(config: PreviewConfig, prepared: Prepared, max_length: int, refusa
         "held_out": token_facts(prepared.held_out) if prepared.held_out else None,
         "max_length": max_length,
         "truncated": report["truncated"],
+        "dropped": report["dropped"],
         "repeats": report["repeats"],
         "scripts": report["scripts"],
         "code_rows": report["code_rows"],
@@ -120,8 +121,7 @@ def _verdict(refusal: DataError | None) -> str:
     lines = [f"truetune sft would refuse this: {refusal.message}"]
     for label, text in refusal.notes:
         named, lead = text.split("\n"), f"{label}: " if label else ""
-        more = [f"… and {len(named) - _NAMED} more"] if len(named) > _NAMED else []
-        lines += [lead + part for part in named[:_NAMED]] + more
+        lines += [lead + part for part in named[:_NAMED]] + ["…"] * (len(named) > _NAMED)
     return "\n".join(lines)
 
 

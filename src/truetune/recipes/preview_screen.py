@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from truetune.data.statistics import Bar
+from truetune.recipes.plan_report import stops_said
 from truetune.recipes.preview_rows import Piece, Shown, visible
 
 _HEAD, _TAIL = 400, 100  # pieces of a very long row that are shown
@@ -114,7 +115,7 @@ def summary_lines(facts: dict[str, Any]) -> list[tuple[str, list[str]]]:
     cut = facts["truncated"]
     return [
         ("rows", [f"{rows['read']:,} read · {rows['used']:,} used" + (f" · left out: {left_out}" if left_out else "")
-                  + (f" · {held['rows']:,} held out" if held else "")]),
+                  + (f" · {held['rows']:,} held out" if held else ""), *_dropped(facts["dropped"])]),
         ("tokens", [f"{train['tokens']:,} in {train['rows']:,} rows · {train['trained_tokens']:,} trained "
                     f"({train['trained_tokens'] / max(1, train['tokens']):.0%})"]),
         ("lengths", [f"half of the rows {lengths['p25']:,} to {lengths['p75']:,} tokens · median {lengths['median']:,} "
@@ -127,6 +128,13 @@ def summary_lines(facts: dict[str, Any]) -> list[tuple[str, list[str]]]:
         ("template", [_template(facts)]),
         ("verdict", facts["verdict"].split("\n")),
     ]  # fmt: skip
+
+
+def _dropped(dropped: dict[str, int] | None) -> list[str]:
+    if dropped is None:
+        return ["dropped from rows, as asked, without a count: it is not kept for files of this size"]
+    words = [f"{name.replace('_', ' ')} from {count:,}" for name, count in dropped.items()]
+    return [f"dropped, as asked: {', '.join(words)}"] if words else []
 
 
 def _answers(facts: dict[str, Any]) -> str:
@@ -167,6 +175,5 @@ def _template(facts: dict[str, Any]) -> str:
     template = facts["template"]
     if not template:
         return "none: plain text, every token is trained"
-    cut = facts["truncated"]["rows"]
-    unless = f"; {cut:,} rows were cut, and may have lost theirs" if cut else ""
-    return f"{template['name']} ({template['sha256'][:8]}) · every answer ends in a stop token, trained{unless}"
+    stops = stops_said(facts["truncated"])
+    return f"{template['name']} ({template['sha256'][:8]}) · {stops}"

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from truetune.data.formats import parse_rows
+from truetune.data.intake import Intake
 from truetune.data.mask import encode_rows
 from truetune.data.plan import sequential_batches
 from truetune.data.read import read_rows
@@ -46,9 +46,19 @@ def spread(rows: Sequence[T], count: int) -> list[T]:
     return [rows[i * len(rows) // count] for i in range(count)]
 
 
-def measure(speaker: Speaker, path: Path, *, limit: int, max_tokens: int = 2048) -> Quality:
-    """Evaluate on ``limit`` rows spread over a file, worded by the speaker's template."""
-    rows, _ = parse_rows(read_rows([str(path)])[0], "auto")
+def measure(
+    speaker: Speaker, path: Path, *, limit: int, max_tokens: int = 2048, intake: Intake | None = None
+) -> Quality:
+    """Evaluate on ``limit`` rows spread over a file, worded by the speaker's template.
+
+    Args:
+        speaker: the model that answers.
+        path: of the file.
+        limit: rows at most.
+        max_tokens: of a batch.
+        intake: how the rows are understood, where their columns do not tell.
+    """
+    rows, _ = (intake or Intake())(read_rows([str(path)])[0], "auto")
     examples, _ = encode_rows(
         spread(rows, limit), speaker.template, speaker.tokenizer, train_on="assistant", system=speaker.system
     )

@@ -53,7 +53,12 @@ def _repeats(data: dict[str, Any]) -> str:
     words = f"{found['exact']:,} rows to the letter, {found['near']:,} nearly"
     if data["held_out"]:
         words += f"; of the held-out rows {found['leaked']:,} are trained on, {found['near_leaked']:,} nearly"
-    return words + (f"; {cut['rows']:,} rows were cut by {cut['tokens']:,} tokens" if cut["rows"] else "")
+    if cut["rows"]:
+        words += f"; {cut['rows']:,} rows were cut by {cut['tokens']:,} tokens"
+        words += f", {cut['without_stop']:,} of them within an answer"
+    if data["dropped"]:
+        words += "; dropped, as asked: " + ", ".join(f"{name} from {n:,} rows" for name, n in data["dropped"].items())
+    return words
 
 
 def plot(losses: dict[str, list[tuple[int, float]]], path: Path) -> None:

@@ -12,10 +12,10 @@ from truetune.data.duplicates import Likeness, likeness, said
 from truetune.data.intake import Intake
 from truetune.data.language import holds_code, letters, shares
 from truetune.data.length import truncation
-from truetune.data.policy import Policies
+from truetune.data.policy import Policies, drops
 from truetune.data.read import read_rows
 from truetune.data.schema import Reject, Row, TokenSet
-from truetune.data.sources import passed_over
+from truetune.data.sources import mixed_parts, passed_over
 from truetune.data.split import split
 from truetune.data.token_cache import Tokenised
 from truetune.errors import DataError
@@ -47,7 +47,8 @@ class Told:
 class Source:
     """Rows that were understood, those that were not, and how many there were.
 
-    ``alike`` says what among them repeats what; ``letters`` and ``code_rows`` what they are written in.
+    ``alike`` says what among them repeats what; ``letters`` and ``code_rows`` what they are written in; ``dropped``
+    from how many of them each policy took something off (None where nobody counted).
     """
 
     rows: Sequence[Row]
@@ -56,6 +57,7 @@ class Source:
     alike: Likeness = field(default_factory=Likeness)
     letters: Counter[str] = field(default_factory=Counter)
     code_rows: int = 0
+    dropped: Counter[str] | None = None
 
 
 def sources(config: TrainConfig, form: str, screen: Told) -> tuple[Source, Source]:
@@ -65,7 +67,8 @@ def sources(config: TrainConfig, form: str, screen: Told) -> tuple[Source, Sourc
     for line in alike.warnings():
         screen.warn(line)
     texts = [said(row) for row in source.rows]
-    return replace(source, alike=alike, letters=letters(texts), code_rows=sum(map(holds_code, texts))), held
+    code_rows, dropped = sum(map(holds_code, texts)), drops([*source.rows, *held.rows])
+    return replace(source, alike=alike, letters=letters(texts), code_rows=code_rows, dropped=dropped), held
 
 
 def _parted(config: TrainConfig, form: str, screen: Told) -> tuple[Source, Source]:
@@ -84,8 +87,9 @@ def say_passed_over(config: TrainConfig, screen: Told) -> None:
     """Name the files of a folder that are no data, and what is dropped from rows."""
     if others := passed_over([*config.data, *config.val_data]):
         screen.warn(f"{len(others)} files are not data and are not read: {', '.join(others[:5])}")
-    settings = ("thinking", "tools", "system_messages")
-    if dropped := [name.replace("_", " ") for name in settings if getattr(config, name, "") == "drop"]:
+    for line in mixed_parts(config.data):
+        screen.warn(f"{line}; name the files that are meant, and those with held-out rows as --val-data")
+    if dropped := [name.replace("_", " ") for name in policies(config).dropping()]:
         screen.note(f"dropped from the rows that bring them, as asked: {', '.join(dropped)}")
 
 
@@ -132,11 +136,13 @@ def finish(
         raise DataError(
             f"no row of {', '.join(emptied)} is left to {'hold out' if train.trained_count() else 'train on'}",
             ("left out", "\n".join(f"{r.origin}: {r.detail}" for r in why[:8])),
+            ("way out", "--max-length N, or --text-blocks for texts" if "over_length" in rejected.counts(why) else ""),
         )
     report = {
         "read": source.read,
         "used": len(train) + (len(held_out) if held_out and config.val_split else 0),
         "rejected": rejected.counts([*rejects, *held_rejects] if config.val_split else rejects),
+        "dropped": _dropped(config, source),
         "tokens": len(train.tokens),
         "trained_tokens": train.trained_count(),
         "truncated": truncation(whole, train),
@@ -153,12 +159,25 @@ def finish(
     return Tokenised(train, held_out, [*rejects, *held_rejects], report)
 
 
+def _dropped(config: TrainConfig, source: Source) -> dict[str, int] | None:
+    """Rows that lost something by each policy that drops; None where they were not counted."""
+    dropping = policies(config).dropping()
+    if dropping and source.dropped is None:
+        return None
+    return {name: (source.dropped or Counter())[name] for name in dropping}
+
+
+def policies(config: TrainConfig) -> Policies:
+    """What these settings drop or refuse; raw text brings nothing of the kind."""
+    if not isinstance(config, InstructionGroup):
+        return Policies()
+    return Policies(config.thinking, config.tools, config.system_messages)
+
+
 def intake(config: TrainConfig) -> Intake:
     """How these settings want rows to be understood; to be called as ``formats.parse_rows``."""
-    policies = None
-    if isinstance(config, InstructionGroup):
-        policies = Policies(config.thinking, config.tools, config.system_messages)
-    return Intake.of([*config.data, *config.val_data], columns=config.columns, policies=policies, seed=config.seed)
+    paths = [*config.data, *config.val_data]
+    return Intake.of(paths, columns=config.columns, policies=policies(config), seed=config.seed)
 
 
 def _read(config: TrainConfig, paths: Sequence[str], form: str) -> Source:

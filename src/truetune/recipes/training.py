@@ -123,7 +123,7 @@ def _set_up(
     }
     resume.check_facts(facts, now, screen)
     return Setup(config, folder, tokenizer, model_config, prepared, precision, device, facts | now,
-                 admitted.new, admitted.rows, begun and begun.file)  # fmt: skip
+                 admitted.new, admitted.rows, begun.file if begun else None)  # fmt: skip
 
 
 def _trains_parts(config: TrainConfig, begun: continued.Begun | None) -> bool:

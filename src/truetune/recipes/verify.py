@@ -122,7 +122,7 @@ def after_merge(adapter: str, out: str, base: str, **given: Any) -> dict[str, An
 
 def _sentence(code: int, count: int) -> str:
     what = "the adapter says" if count == 1 else f"all {count} say"
-    return {0: f"{what} the same", 1: "drift: see the reasons above", 2: "can't tell: see the reasons above"}[code]
+    return {0: f"{what} the same", 1: "drift, for the reasons under the table", 2: "can't tell, for the reasons under the table"}[code]
 
 
 def _count(samples: Sequence[Sample]) -> str:

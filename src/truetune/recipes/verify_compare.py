@@ -44,7 +44,6 @@ class Finding:
     stopped: tuple[int, int] | None = None
     held_out_loss: tuple[float, float] | None = None
     effect_share: float | None = None
-    logprob_delta: float | None = None
     example: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 

@@ -1,0 +1,1 @@
+"""Answers over HTTP, as OpenAI's API words them."""
