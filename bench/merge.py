@@ -1,20 +1,24 @@
-"""Peak memory and time of ``truetune merge`` on a synthetic Llama of about 1 GB, beside PEFT's merge when asked.
+"""What ``truetune merge`` costs on a synthetic Llama of about 1 GB, beside ``cp`` of the base and PEFT's merge.
 
     python bench/merge.py [--peers peft] [--runs 3] [--layers 8] [--json]
 
-Each merge runs in a fresh process; its peak (VmHWM, the kernel's own high-water mark) is given over that of a process
-that imports the same modules and does nothing. Runs are interleaved, and medians are reported. The last line is JSON.
+Each merge runs in a fresh process, from its start to its end, imports and all: wall time, processor time (what a shared
+machine tells best) and peak (VmHWM, the kernel's own high-water mark), which is also given over that of a process that
+imports the same modules and does nothing. Runs are interleaved, and medians are reported. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +34,12 @@ from truetune.checkpoint.shards import ShardWriter
 from truetune.config.lora import LoRA
 from truetune.models.load import skeleton
 
-# argv: base, adapter, out; "import" alone stops after the imports.
+# argv: base, adapter, out; none of them: only the imports.
 _PEAK = """
-import sys, time
+import sys
 {imports}
-if len(sys.argv) > 2:
-    began = time.perf_counter()
+if len(sys.argv) > 1:
     {work}
-    print(time.perf_counter() - began)
-else:
-    print(0.0)
 print(next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
 CHILDREN = {
@@ -54,6 +54,7 @@ CHILDREN = {
         "P.from_pretrained(M.from_pretrained(b, dtype='auto'), a).merge_and_unload().save_pretrained(o)",
     ),
 }
+_KEYS = ("seconds", "cpu_s", "peak_mb", "peak_over_imports_mb")
 
 
 def make(folder: Path, *, layers: int) -> None:
@@ -76,32 +77,40 @@ def make(folder: Path, *, layers: int) -> None:
     (folder / "adapter" / CONFIG).write_text(json.dumps(to_peft(model, attached, base=str(folder / "base"))))
 
 
-def measure(name: str, *arguments: str) -> tuple[float, float]:
-    """(seconds of the work, peak in bytes) of a fresh process."""
-    command = [sys.executable, "-c", CHILDREN[name], *(arguments or ["import"])]
+def watched(command: list[str]) -> tuple[float, float, str]:
+    """(wall seconds, processor seconds, what it printed) of a process from its start to its end."""
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wall, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
-        raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
-    seconds, peak = done.stdout.split()[-2:]
-    return float(seconds), float(peak)
+        raise SystemExit(f"{command[0]} failed:\n{done.stderr[-3000:]}")
+    return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done.stdout
+
+
+def measure(name: str, folder: Path) -> tuple[float, ...]:
+    """``_KEYS`` of one run; a copy has no peak worth telling."""
+    out = folder / f"out-{name}"
+    shutil.rmtree(out, ignore_errors=True)
+    os.sync()  # so that nobody waits for what another one left to be written
+    if name == "cp":
+        return (*watched(["cp", "-r", "--reflink=never", str(folder / "base"), str(out)])[:2], 0.0, 0.0)
+    command = [sys.executable, "-c", CHILDREN[name]]
+    bare = float(watched(command)[2].split()[-1])
+    wall, cpu, said = watched([*command, str(folder / "base"), str(folder / "adapter"), str(out)])
+    peak = float(said.split()[-1])
+    return wall, cpu, peak / 1e6, (peak - bare) / 1e6
 
 
 def run(folder: Path, names: list[str], runs: int) -> dict[str, dict[str, Any]]:
     """Interleaved runs, each from a cold start of the process and a warm page cache; medians."""
-    found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in names}
+    found: dict[str, list[tuple[float, ...]]] = {name: [] for name in names}
     for _ in range(runs):
         for name in names:
-            _, bare = measure(name)
-            out = folder / f"out-{name}"
-            shutil.rmtree(out, ignore_errors=True)
-            seconds, peak = measure(name, str(folder / "base"), str(folder / "adapter"), str(out))
-            found[name].append((seconds, peak / 1e6, (peak - bare) / 1e6))
-            print(
-                f"{name:9} {seconds:6.1f} s   peak {peak / 1e6:7,.0f} MB   over imports {(peak - bare) / 1e6:7,.0f} MB"
-            )
-    keys = ("seconds", "peak_mb", "peak_over_imports_mb")
+            wall, cpu, peak, over = row = measure(name, folder)
+            found[name].append(row)
+            print(f"{name:9} {wall:6.1f} s   cpu {cpu:6.1f} s   peak {peak:7,.0f} MB   over imports {over:7,.0f} MB")
     medians = {n: [round(statistics.median(v), 2) for v in zip(*rows, strict=True)] for n, rows in found.items()}
-    return {name: dict(zip(keys, values, strict=True)) for name, values in medians.items()}
+    return {name: dict(zip(_KEYS, values, strict=True)) for name, values in medians.items()}
 
 
 def main() -> None:
@@ -116,13 +125,15 @@ def main() -> None:
         folder = Path(temporary)
         make(folder, layers=options.layers)
         size = sum(path.stat().st_size for path in (folder / "base").glob("*.safetensors"))
-        results = run(folder, ["truetune", *peers], options.runs)
-    ours = results.pop("truetune")
+        results = run(folder, ["cp", "truetune", *peers], options.runs)
+    ours, copy = results.pop("truetune"), results.pop("cp")
     line: dict[str, Any] = {"bench": "merge", "base_mb": round(size / 1e6, 1), "runs": options.runs, **ours}
+    line |= {"cp_seconds": copy["seconds"], "cp_cpu_s": copy["cpu_s"]}
     for peer, theirs in results.items():
         line |= {f"peer_{peer}_{key}": value for key, value in theirs.items()}
         line[f"memory_ratio_vs_{peer}"] = round(theirs["peak_over_imports_mb"] / ours["peak_over_imports_mb"], 2)
         line[f"speedup_vs_{peer}"] = round(theirs["seconds"] / ours["seconds"], 2)
+        line[f"cpu_ratio_vs_{peer}"] = round(theirs["cpu_s"] / ours["cpu_s"], 2)
     print(json.dumps(line))
 
 

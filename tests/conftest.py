@@ -3,8 +3,10 @@
 Nothing in this file needs ``../shared``.
 """
 
+import atexit
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +17,11 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's client is imported: no test may reach for the network
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TRUETUNE_CACHE"] = tempfile.mkdtemp(prefix="truetune-tests-")  # no test reads or writes the user's own
+# What the kernels are compiled to is shared by the processes that run the suite together.
+_kernels = Path(tempfile.gettempdir()) / f"truetune-kernels-{os.environ.get('PYTEST_XDIST_TESTRUNUID') or os.getpid()}"
+_kernels.mkdir(mode=0o700, exist_ok=True)
+(Path(os.environ["TRUETUNE_CACHE"]) / "native").symlink_to(_kernels)
+atexit.register(shutil.rmtree, os.environ["TRUETUNE_CACHE"], ignore_errors=True)
 
 import torch
 

@@ -8,12 +8,12 @@ from typing import Any
 import peft
 import pytest
 import torch
-from families import Family, perturb
-from peft_peer import trained_by, unwarned
 from torch import Tensor, nn
 from transformers import GptOssConfig, MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
 import truetune
+from families import Family, perturb
+from peft_peer import trained_by, unwarned
 from truetune.adapters import files
 from truetune.adapters.expert_lora import ExpertsLoRA, pairs_of, stacked
 from truetune.adapters.inject import adapters, attachment

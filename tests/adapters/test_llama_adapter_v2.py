@@ -23,7 +23,7 @@ from virtual_checks import check, same_step, step
 ONE = LlamaAdapter(adapter_length=3, adapter_layers=1, llama_adapter_v2=True)
 
 
-@pytest.mark.parametrize(("name", "form"), [("llama", "float32"), ("gpt2", "bfloat16"), ("llama", "nf4")])
+@pytest.mark.parametrize(("name", "form"), [("llama", "float32"), ("gpt2", "int8"), ("llama", "nf4")])
 def test_it_learns_is_read_back_and_generates_alike(name: str, form: str, tmp_path: Path) -> None:
     check(name, form, ONE, tmp_path, lr=0.05)
 
@@ -102,7 +102,7 @@ def test_its_file_says_what_it_is_and_peft_refuses_it(tmp_path: Path) -> None:
     assert files.read(tmp_path).settings == ONE
     with pytest.raises(Exception, match="TRUETUNE_LLAMA_ADAPTER"):
         peft.PeftModel.from_pretrained(FAMILIES["llama"].make(), str(tmp_path))
-    with pytest.raises(AdapterError, match="does not fold|do not fold"):
+    with pytest.raises(AdapterError, match=r"does not fold|do not fold"):
         changes(model, to_file(model))
 
 

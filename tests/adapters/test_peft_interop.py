@@ -228,7 +228,6 @@ def test_an_adapter_for_a_rewritten_base_is_refused(init: str, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("settings", "field"),
     [
-        ({"target_parameters": ["mlp.gate_proj.weight"]}, "target_parameters"),
         ({"bias": "lora_only"}, "bias"),
     ],
 )

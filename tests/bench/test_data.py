@@ -74,7 +74,10 @@ def test_figures_are_medians_and_ratios_of_the_runs() -> None:
     ]
     options = argparse.Namespace(rows=100, tokenizer=Path("gpt2"))
     found = {"truetune": ours, "datasets": [{"seconds": 5.0, "cpu_s": 4.0}]}
-    facts = bench.facts_of(found, [{"prepare_s": 0.5}, {"prepare_s": 0.1}, {"prepare_s": 0.2}], options)
+    facts = bench.facts_of(
+        found, [{"prepare_s": seconds, "cached": seconds < 0.3} for seconds in (0.5, 0.1, 0.2)], options
+    )
+    assert not facts["second_from_cache"]
     assert facts["cpu_s"] == {"truetune": 3.0, "datasets": 4.0}
     assert facts["rows_s"] == {"truetune": 50.0, "datasets": 20.0}
     assert (facts["speedup_vs_datasets"], facts["second_start_s"], facts["fill"]) == (2.5, 0.2, 0.99)

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from truetune.data.length import OnOverlong, limit_lengths, truncation
+from truetune.data.rejects import EXCERPT
 from truetune.data.schema import Origin, TokenSet
 from truetune.errors import DataError
 
@@ -87,5 +88,22 @@ def test_a_text_loses_its_end_only() -> None:
 
 def test_what_was_cut_off_is_counted() -> None:
     data = rows((10, 4), (1, 3), (0, 15))
-    assert truncation(data, limit(data, "truncate")[0]) == {"rows": 2, "tokens": 9}
-    assert truncation(data, limit(data, "drop")[0]) == {"rows": 0, "tokens": 0}
+    assert truncation(data, limit(data, "truncate")[0]) == {"rows": 2, "tokens": 9, "without_stop": 1}
+    assert truncation(data, limit(data, "drop")[0]) == {"rows": 0, "tokens": 0, "without_stop": 0}
+
+
+def test_a_row_whose_stop_token_is_cut_off_is_said() -> None:
+    assert "(1 within an answer, which then has no stop token)" in limit(rows((4, 20), (10, 4)), "truncate")[2][0]
+    assert "stop token" not in limit(rows((10, 4)), "truncate")[2][0]
+
+
+@pytest.mark.parametrize(("policy", "words"), [("drop", "1 row over 10 tokens is left out"),
+                                               ("truncate", "1 row over 10 tokens was cut")])  # fmt: skip
+def test_one_row_is_one_row(policy: OnOverlong, words: str) -> None:
+    assert words in limit(rows((5, 6)), policy)[2][0]
+
+
+def test_a_row_that_is_left_out_is_shown_by_its_start() -> None:
+    _, (reject,) = limit_lengths(rows((300, 6)), 10, policy="drop", say=print, decode=str)
+    assert reject.raw.startswith("[0, 1, 2, 3")
+    assert len(reject.raw) == EXCERPT

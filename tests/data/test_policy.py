@@ -3,7 +3,7 @@
 import pytest
 
 from truetune.data.formats.checks import RowError
-from truetune.data.policy import Policies, Policy
+from truetune.data.policy import Policies, Policy, drops
 from truetune.data.schema import Message, Origin, Row
 
 TOOL = {"type": "function", "function": {"name": "f"}}
@@ -42,6 +42,15 @@ def test_tools_and_system_messages_are_dropped_each_by_itself() -> None:
     whole = row(Message("assistant", "a"), system=True)
     assert Policies(tools="drop").apply(whole) == Row(whole.origin, whole.messages)
     assert Policies(system_messages="drop").apply(whole) == Row(whole.origin, whole.messages[1:], tools=(TOOL,))
+
+
+def test_what_is_dropped_is_counted_by_row() -> None:
+    everything = Policies("drop", "drop", "drop")
+    thinks = row(Message("assistant", "Yes.", reasoning="hm"), Message("assistant", "<think>a</think>b"), system=True)
+    rows = [everything.apply(each) for each in (thinks, row(Message("assistant", "a")), PLAIN)]
+    assert everything.dropping() == ["thinking", "tools", "system_messages"]
+    assert drops(rows) == {"thinking": 1, "tools": 2, "system_messages": 1}
+    assert drops([Policies().apply(thinks)]) == {}
 
 
 @pytest.mark.parametrize(("policies", "reason"), [(Policies(tools="error"), "tools"),

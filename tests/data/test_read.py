@@ -133,6 +133,19 @@ def test_csv_faults_are_rejects_with_their_line(tmp_path: Path) -> None:
     assert "from line 7 on: a quote is opened and never closed" in rejects[-1].detail
 
 
+def test_tsv_is_parted_by_tabs(tmp_path: Path) -> None:
+    rows, rejects = read(tmp_path / "x.tsv", b'a\tb\n1,5\t"x\ty"\n3\n')
+    assert (values(rows), [reject.reason for reject in rejects]) == ([{"a": "1,5", "b": "x\ty"}], ["bad_csv"])
+
+
+def test_a_header_parted_by_something_else_is_refused_with_the_suffix_that_is_meant(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"\.tsv") as caught:
+        read(tmp_path / "x.csv", b"a\tb\n1\t2\n")
+    assert "commas" in str(caught.value)
+    with pytest.raises(DataError, match="tabs"):
+        read(tmp_path / "x.tsv", b"a,b\n1,2\n")
+
+
 def test_csv_fields_may_be_long(tmp_path: Path) -> None:
     rows, _ = read(tmp_path / "x.csv", b"a,b\n1," + b"x" * 300_000)
     assert rows[0].value["b"] == "x" * 300_000

@@ -19,7 +19,7 @@ from truetune.data.intake import Intake
 from truetune.data.mix import take
 from truetune.data.read import read_rows
 from truetune.data.schema import Origin, Row
-from truetune.data.sources import find_files, find_sources, passed_over
+from truetune.data.sources import find_files, find_sources, mixed_parts, passed_over
 from truetune.errors import ConfigError, DataError
 
 ROWS = [{"text": f"row {number} é"} for number in range(5)]
@@ -36,6 +36,15 @@ def write(path: Path, content: bytes = LINES) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
     return str(path)
+
+
+def test_files_to_test_on_among_those_to_train_on_are_named(tmp_path: Path) -> None:
+    for name in ("train-00.jsonl", "my_test.jsonl", "latest.jsonl"):
+        write(tmp_path / name)
+    (line,) = mixed_parts([str(tmp_path)])
+    assert "my_test.jsonl" in line
+    assert "latest.jsonl" not in line
+    assert mixed_parts([str(tmp_path / "train*.jsonl"), str(tmp_path / "my_test.jsonl")]) == []
 
 
 @pytest.mark.parametrize("packing", ["gz", "bz2", "xz", "zst"])

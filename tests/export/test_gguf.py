@@ -1,5 +1,6 @@
 """GGUF files: read back equal, and loaded by another program's rules the same model."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -279,7 +280,7 @@ def joined(text: str, tokens: list[str], scores: list[float]) -> list[int]:
     """SentencePiece's BPE, the slow and obvious way."""
     ids = {token: number for number, token in enumerate(tokens)}
     parts = list(text.replace(" ", "▁"))
-    while pairs := [(-scores[ids[a + b]], i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in ids]:
+    while pairs := [(-scores[ids[a + b]], i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in ids]:
         _, at = min(pairs)
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
     return [n for part in parts for n in ([ids[part]] if part in ids else [ids[f"<0x{b:02X}>"] for b in part.encode()])]
@@ -313,7 +314,7 @@ def test_a_cut_without_a_name_is_refused() -> None:
             {"type": "Split", "pattern": {"Regex": r"\w+"}}, {"type": "ByteLevel", "use_regex": False},
         ]},
     }  # fmt: skip
-    with pytest.raises(ModelError, match="in a way that llama.cpp has no name for"):
+    with pytest.raises(ModelError, match=r"in a way that llama\.cpp has no name for"):
         tokenizer_keys(core, 1, NONE, None)
     with pytest.raises(ModelError, match="kind WordLevel"):
         tokenizer_keys({"model": {"type": "WordLevel"}}, 1, NONE, None)

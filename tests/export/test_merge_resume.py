@@ -31,8 +31,15 @@ def base(tmp_path: Path) -> Path:
     return folder
 
 
-def merge(base: Path, seen: list[str], *, stop: Callable[[str], None] = lambda _: None, key: str = "a") -> MergeReport:
-    """Double every tensor, one a shard; ``stop`` is asked before each."""
+def merge(
+    base: Path,
+    seen: list[str],
+    *,
+    stop: Callable[[str], None] = lambda _: None,
+    key: str = "a",
+    written: Callable[[int], None] = lambda _: None,
+) -> MergeReport:
+    """Double every tensor, one a shard; ``stop`` is asked before each, ``written`` told how many are on disk."""
 
     def doubled(name: str) -> Callable[[Tensor], Tensor]:
         def apply(weight: Tensor) -> Tensor:
@@ -43,16 +50,23 @@ def merge(base: Path, seen: list[str], *, stop: Callable[[str], None] = lambda _
         return apply
 
     edits = {name: Edit(name, doubled(name)) for name in NAMES}
-    return merge_checkpoint(base, base.parent / "out", edits, max_shard_bytes=1024, identity=key)
+    return merge_checkpoint(
+        base,
+        base.parent / "out",
+        edits,
+        max_shard_bytes=1024,
+        identity=key,
+        progress=lambda done, _: written(done // 1024),
+    )
 
 
 def killed_at(base: Path, name: str, *, key: str = "a") -> Path:
-    """Merge in a process of its own that is gone, without any farewell, when it comes to a tensor."""
+    """Merge in a process of its own that is gone, without any farewell, when it comes to write a tensor."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of newer interpreters, where other threads are about
         child = os.fork()
     if child == 0:
-        merge(base, [], stop=lambda here: os._exit(9) if here == name else None, key=key)
+        merge(base, [], written=lambda count: os._exit(9) if NAMES[count] == name else None, key=key)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     (partial,) = base.parent.glob(".out.*.partial")
@@ -107,6 +121,24 @@ def test_another_merge_takes_nothing_over(what: str, base: Path) -> None:
     assert merge(base, seen, key="b" if what == "the edits" else "a").kept == 0
     assert seen == NAMES
     assert partial.is_dir()  # another merge's work is not this one's to remove
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_who_is_stopped_by_hand_loses_no_finished_shard(count: int, base: Path) -> None:
+    def stop(written: int) -> None:
+        if written == count:
+            raise KeyboardInterrupt
+
+    def at_once(name: str) -> None:
+        if count == 0:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merge(base, [], stop=at_once, written=stop)
+    assert len(list(base.parent.glob(".out.*.partial"))) == bool(count)
+    assert not list(base.parent.glob(".out.*.partial/.model*"))
+    assert merge(base, []).kept == count
+    check_result(base)
 
 
 def test_an_error_leaves_nothing(base: Path) -> None:

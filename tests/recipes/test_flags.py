@@ -142,6 +142,7 @@ TRAIN: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "alpha_pattern": ({}, {"alpha_pattern": ["q_proj=3"]}, "tensors"),
     "lora_bias": ({}, {"lora_bias": True}, "shapes"),
     "slices": ({}, {"slices": ["c_attn=q,v"]}, "refused"),
+    "target_parameters": ({}, {"target_parameters": ["experts.down_proj"]}, "refused"),
     "dora_dropout": ({"method": "dora", "dropout": 0.5}, {"dora_dropout": "low-rank"}, "log"),
     "target_rank": (PRUNED, {"target_rank": 3}, "tensors"),
     "prune_from": (PRUNED, {"prune_from": 0.5}, "tensors"),
@@ -160,6 +161,8 @@ TRAIN: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "adapter_length": ({"method": "llama-adapter", "adapter_layers": 1}, {"adapter_length": 3}, "shapes"),
     "adapter_layers": ({"method": "llama-adapter", "adapter_layers": 1}, {"adapter_layers": 2}, "shapes"),
     "gates": ({"method": "llama-adapter", "adapter_layers": 1}, {"gates": "head"}, "shapes"),
+    "llama_adapter_v2": ({"method": "llama-adapter", "adapter_layers": 1}, {"llama_adapter_v2": True}, "shapes"),
+    "adapter_reads": ({"method": "bottleneck"}, {"adapter_reads": "stream"}, "tensors"),
     "placement": ({"method": "bottleneck"}, {"placement": "houlsby"}, "shapes"),
     "reduction": ({"method": "bottleneck"}, {"reduction": 4.0}, "shapes"),
     "activation": ({"method": "bottleneck"}, {"activation": "silu"}, "tensors"),
@@ -202,6 +205,7 @@ SFT = TRAIN | {
     "train_on": ({}, {"train_on": "all"}, "report"),
     "thinking": ({"data": "CHATS"}, {"thinking": "drop"}, "report"),
     "tools": ({"data": "TOOLS"}, {"tools": "drop"}, "refused"),
+    "text_blocks": ({"data": "TEXT", "max_length": 256}, {"text_blocks": True}, "report"),
     "system_messages": ({"data": "CHATS"}, {"system_messages": "drop"}, "report"),
 }
 PRETRAIN = TRAIN | {

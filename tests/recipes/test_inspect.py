@@ -84,6 +84,22 @@ def test_an_empty_folder_is_nothing(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "is nothing that truetune knows\n  it has     no file at all" in refusal(tmp_path, capsys)
 
 
+def test_data_with_other_columns_or_preferences_is_read_as_it_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.tsv"
+    path.write_text("ask\treply\nHi\tHello\n", encoding="utf-8")
+    refusal(path, capsys)
+    assert main(["inspect", str(path), "--columns", "prompt=ask", "completion=reply", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (found["format"], found["usable"], found["characters"]) == ("prompt-completion", 1, 7)
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"prompt": "Hi", "chosen": "Hello", "rejected": "No"}\n', encoding="utf-8")
+    refusal(path, capsys)
+    assert main(["inspect", str(path), "--format", "chosen", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["messages"] == {"user": 1, "assistant": 1}
+
+
 @pytest.mark.parametrize("name", ["notes.docx", "weights.bin", "noname"])
 def test_a_file_of_another_kind_is_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / name).write_bytes(bytes(range(256)))

@@ -104,9 +104,9 @@ def test_a_second_run_has_and_says_the_same(
     assert (first.cached, second.cached) == (False, True)
     assert_same(first, second)
     assert said == said_again
-    assert "1 files are not data" in said
+    assert "1 file is not data" in said
     assert "repeats row" in said
-    assert ("are left out" in said) == (config.on_overlong == "drop")
+    assert ("left out" in said) == (config.on_overlong == "drop")
     assert ("are trained on too" in said) == bool(config.val_data)
     assert ("tells the date" in said) == (first.date is not None) == (config.template != "auto")
 
@@ -147,7 +147,16 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 def test_every_setting_about_data_is_tried() -> None:
     about = {name for name, info in SFTConfig.model_fields.items() if group_of(info) == "dataset"}
-    assert set(CHANGES) == about - {"packing", "fim_rate"}  # the latter wants a code model: see data/test_fim.py
+    # The second wants a code model, see data/test_fim.py; the third wants texts, see below.
+    assert set(CHANGES) == about - {"packing", "fim_rate", "text_blocks"}
+
+
+def test_blocks_of_text_are_not_taken_for_texts(model: Path, text: Path) -> None:
+    whole, blocks = (sft(model, text, text_blocks=joined, max_length=100) for joined in (False, True))
+    assert [prepared(config).cached for config in (whole, blocks, blocks)] == [False, False, True]
+    assert set(prepared(blocks).train.lengths.tolist()[:-1]) == {100}
+    ours, theirs = prepared(blocks), prepared(pretrain(model, text).model_copy(update={"max_length": 100}))
+    assert torch.equal(ours.train.tokens, theirs.train.tokens)
 
 
 @pytest.mark.parametrize("field", CHANGES)
@@ -272,6 +281,7 @@ def test_the_screen_says_where_the_tokens_are_from(
     said = []
     for _ in range(2):
         assert main(command) == 0
-        said.append(capsys.readouterr().err.partition("model   ")[0].splitlines())
+        lines = capsys.readouterr().err.partition("model   ")[0].splitlines()
+        said.append([line for line in lines if not line.startswith("truetune: ")])  # kernels, compiled by the first
     note = next(line for line in said[0] if "tokens ·" in line)
     assert said[1] == [line + " (tokens from the cache)" if line == note else line for line in said[0]]

@@ -306,3 +306,8 @@ def test_what_was_not_recorded_of_a_run_is_passed_over(run: Path, tmp_path: Path
     moved = copy_of(run, tmp_path / "run")
     change_json(moved / "artefacts.json", artefacts=[str(tmp_path / "gone")])
     assert len(facts(moved)["artefacts"]) == 1
+
+
+def test_a_merged_model_alone_is_told_to_name_its_run(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(tiny_model)]) == 2
+    assert f"truetune verify RUN {tiny_model}" in capsys.readouterr().err

@@ -6,9 +6,10 @@ import asyncio
 import contextlib
 import json
 import threading
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,10 @@ class Live:
         assert set(found["error"]) == {"message", "type", "param", "code"}
         return status, found["error"]
 
+    def settle(self) -> None:
+        """Wait until it is idle: a client has its answer a moment before the server has put everything away."""
+        wait_until(self.is_idle)
+
     def is_idle(self) -> bool:
         """Whether no answer is made, waits, or holds memory."""
         stats = self.service.engine.stats()
@@ -102,6 +107,7 @@ def serving(**settings: Any) -> Iterator[Live]:
         app = application(service, Door(config.token, local_only=config.token is None))
         server = Server(app, service.gate, drain=config.drain, most=config.max_connections, seconds=config.max_stall)
         thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])))
+        listening.listen()
         service.engine.start()
         thread.start()
         live = Live(f"http://127.0.0.1:{listening.getsockname()[1]}", service, server, config.token)
@@ -123,3 +129,10 @@ def greedy(model: Path, adapter: Path | None, prompt: str, count: int) -> str:
     new = generated(net.eval(), ids, count)
     end = next((i for i, token in enumerate(new) if token in tokenizer.stop_ids), count)
     return str(tokenizer.hf.decode(new[:end], skip_special_tokens=True))
+
+
+def wait_until(is_so: Callable[[], bool], seconds: float = 20.0) -> None:
+    until = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < until, "it did not come to that"
+        time.sleep(0.02)

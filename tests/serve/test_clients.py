@@ -86,7 +86,7 @@ def test_sixteen_clients_at_once_hear_what_each_would_hear_alone(
     with ThreadPoolExecutor(16) as pool:
         found = list(pool.map(heard, range(16)))
     assert dict(found) == expected
-    assert live.is_idle()
+    live.settle()
 
 
 def test_bare_text_is_continued(live: Live, tiny_model: Path) -> None:

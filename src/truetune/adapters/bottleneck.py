@@ -4,7 +4,9 @@
     y = f(x) + s · (U a(D x + d) + u)       beside it (He et al. 2022, arXiv:2110.04366, section 4)
 
 ``houlsby`` is after attention and MLP, ``pfeiffer`` (Pfeiffer et al. 2021, arXiv:2005.00247) after the MLP alone,
-``parallel`` beside the MLP. U and u start at zero, so an untrained adapter changes nothing. PEFT has no such method.
+``parallel`` beside the MLP. With ``--adapter-reads stream`` D reads f(x) + h, or beside the MLP h, where h is the
+residual stream that the part's result is added to: the sequential and parallel bottlenecks of AdapterHub. U and u start
+at zero, so an untrained adapter changes nothing. PEFT has no such method.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from truetune.adapters.attention_layout import AttentionLayout, attention_layout
 from truetune.adapters.base import Adapter
 from truetune.adapters.methods import Site
 from truetune.adapters.peft_fields import Fields
+from truetune.adapters.stream_tap import StreamTap, is_norm, stream_norms, tap_before, tap_of
 from truetune.config.other_methods import Bottleneck
 from truetune.errors import AdapterError
 from truetune.ops.frozen import frozen_weight, is_linear
@@ -41,6 +44,7 @@ class BottleneckAdapter(Adapter):
         base: a linear map, or a whole MLP whose first argument is [..., width] and whose result has that shape.
         width: of the stream that it writes to.
         config: how narrow, which activation, which factor; and whether it is beside.
+        tap: where the residual stream is read, if it is.
     """
 
     files = {  # noqa: RUF012 - ClassVar in the contract
@@ -49,9 +53,17 @@ class BottleneckAdapter(Adapter):
     }  # fmt: skip
 
     def __init__(
-        self, base: nn.Module, width: int, config: Bottleneck, *, device: torch.device, generator: torch.Generator
+        self,
+        base: nn.Module,
+        width: int,
+        config: Bottleneck,
+        *,
+        device: torch.device,
+        generator: torch.Generator,
+        tap: StreamTap | None = None,
     ) -> None:
         super().__init__()
+        self._tap = (tap,)  # no submodule of this one
         self.base = base.requires_grad_(False)
         self.scale, self.is_beside = config.adapter_scale, config.placement == "parallel"
         self.activation = _ACTIVATIONS[config.activation]
@@ -64,10 +76,18 @@ class BottleneckAdapter(Adapter):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[..., in] -> [..., width], in the dtype of the base's output."""
         y: Tensor = self.base(x, *args, **kwargs)
-        read = x if self.is_beside else y
+        read = self._read(x, y)
         inner = self.activation(F.linear(read, self.down.to(read.dtype), self.down_bias.to(read.dtype)))
         added = F.linear(inner, self.up.to(read.dtype), self.up_bias.to(read.dtype))
         return y + (added * self.scale).to(y.dtype)
+
+    def _read(self, x: Tensor, y: Tensor) -> Tensor:
+        """[..., width], what D is applied to."""
+        (tap,) = self._tap
+        if tap is None:
+            return x if self.is_beside else y
+        stream = tap.taken().view_as(y)
+        return stream if self.is_beside else y + stream
 
     def merged_weight(self) -> Tensor:
         """Raises AdapterError: there is a bend in it."""
@@ -80,19 +100,28 @@ def sites(model: nn.Module, config: Bottleneck) -> list[str]:
     Raises:
         AdapterError: they are not found in this family.
     """
-    paths: list[str] = []
+    paths, norms = list[str](), list[str]()
     for layout in attention_layouts(model, config.kind):
-        end = _mlp_end(model, layout)
+        norms += stream_norms(model, _layer_of(layout), config) if config.adapter_reads == "stream" else ()
         if config.placement == "houlsby":
             paths.append(layout.output)
-        if config.placement != "parallel":
-            paths.append(end)
-            continue
-        mlp = end.rpartition(".")[0]
-        if mlp == _layer_of(layout):
-            raise _unknown(model, "its MLP is no module of its own", "--placement pfeiffer")
-        paths.append(mlp)
-    return paths
+        paths.append(mlp_site(model, layout, config))
+    return [*norms, *paths]
+
+
+def mlp_site(model: nn.Module, layout: AttentionLayout, config: Bottleneck) -> str:
+    """Path of the map that ends a layer's MLP, or with ``parallel`` of the MLP.
+
+    Raises:
+        AdapterError: it is not found in this family.
+    """
+    end = _mlp_end(model, layout)
+    if config.placement != "parallel":
+        return end
+    mlp = end.rpartition(".")[0]
+    if mlp == _layer_of(layout):
+        raise _unknown(model, "its MLP is no module of its own", "--placement pfeiffer")
+    return mlp
 
 
 def _layer_of(layout: AttentionLayout) -> str:
@@ -122,12 +151,16 @@ def _unknown(model: nn.Module, why: str, way_out: str) -> AdapterError:
 
 
 def wrap(layer: nn.Module, config: Bottleneck, site: Site) -> Adapter:
-    """The part with its network."""
+    """The part with its network, or the norm where it reads the stream."""
+    if config.adapter_reads == "stream" and is_norm(site.path):
+        return tap_of(layer, site.path, site.shared)
     text: Any = site.model.config.get_text_config()  # type: ignore[operator, union-attr]
     width = int(text.hidden_size)
     maps = [module for module in layer.modules() if is_linear(module)]
     device = frozen_weight(maps[0]).device
-    return BottleneckAdapter(layer, width, config, device=device, generator=site.generator("bottleneck"))
+    draws = site.generator("bottleneck")
+    tap = tap_before(site.path, site.shared) if config.adapter_reads == "stream" else None
+    return BottleneckAdapter(layer, width, config, device=device, generator=draws, tap=tap)
 
 
 def to_peft(model: nn.Module, config: Bottleneck, sites: Sequence[str]) -> dict[str, Any]:
@@ -137,6 +170,7 @@ def to_peft(model: nn.Module, config: Bottleneck, sites: Sequence[str]) -> dict[
         "reduction_factor": config.reduction,
         "activation": config.activation,
         "adapter_scale": config.adapter_scale,
+        **({"adapter_reads": "stream"} if config.adapter_reads == "stream" else {}),
     }
 
 
@@ -149,4 +183,5 @@ def from_peft(config: Mapping[str, Any], folder: Path) -> Bottleneck:
         reduction=("reduction_factor", fields.take("reduction_factor")),
         activation=("activation", fields.take("activation")),
         adapter_scale=("adapter_scale", fields.take("adapter_scale")),
+        adapter_reads=("adapter_reads", fields.take("adapter_reads", "part")),
     )

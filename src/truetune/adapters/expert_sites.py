@@ -59,9 +59,7 @@ def _begun(layer: nn.Module, name: str, config: LoRA, site: Site) -> ExpertUpdat
     experts = weight if weight.ndim == 3 else weight[None]
     begun = [start(own.init, FrozenLinear(w, transposed), own.rank, generator=draw) for w in experts]
     a, b = stacked([(one.a, one.b) for one in begun])
-    return ExpertUpdate(
-        a, b, rank=own.rank, alpha=own.alpha, rank_stabilised=own.use_rslora, transposed=transposed
-    )
+    return ExpertUpdate(a, b, rank=own.rank, alpha=own.alpha, rank_stabilised=own.use_rslora, transposed=transposed)
 
 
 def parts_by_path(layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

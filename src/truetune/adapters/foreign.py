@@ -1,6 +1,7 @@
 """Files of other makers, as adapters of a model: loralib's state dicts, and those of litgpt and lit-llama.
 
-LLaMA-Adapters of the latter two are in ``foreign_prompts``; what follows is about LoRA.
+LLaMA-Adapters of the latter two are in ``foreign_prompts``, AdapterHub's bottlenecks in ``foreign_bottleneck``; what
+follows is about LoRA.
 
 Such a file holds A and B by layer and little else: alpha is in none of them, nor is which parts of a fused layer are
 updated. litgpt's are told by the ``hyperparameters.yaml`` beside the file, where there is one; else they must be given.
@@ -25,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from truetune.adapters import foreign_bottleneck
 from truetune.adapters.files import AdapterFile
 from truetune.adapters.files import load as attach_file
 from truetune.adapters.foreign_layers import Layer, of_lit, of_loralib
@@ -64,6 +66,9 @@ def read(
         AdapterError: a file that can't be read or holds something else, layers that the model lacks, or settings that
             are in no file and were not given.
     """
+    if hub := foreign_bottleneck.config_of(path):
+        held = _tensors(foreign_bottleneck.weights_in(path))
+        return AdapterFile(path, *foreign_bottleneck.of_hub(hub, held, model, path), {})
     tensors = _tensors(path)
     if has_prompts(tensors):
         return AdapterFile(path, *of_lit_prompts(tensors, path), {})

@@ -34,8 +34,8 @@ def of_lit_prompts(tensors: Mapping[str, Tensor], path: Path) -> tuple[dict[str,
     """
     if second := sorted(name for name in tensors if name.endswith(_SECOND)):
         raise AdapterError(
-            f"{path} is a LLaMA-Adapter of the second version: its trained biases and scales of linear layers are not "
-            "implemented",
+            f"{path} is a LLaMA-Adapter of the second version: litgpt's layout of it, with queries, keys and "
+            "values in one layer and a head that is scaled as well, is not read (--llama-adapter-v2 trains one)",
             ("found", "\n".join(second[:4]) + (f"\n… and {len(second) - 4} more" if len(second) > 4 else "")),
         )
     prompts = {int(m[1]): t for name, t in tensors.items() if (m := _PROMPT.fullmatch(name))}

@@ -133,7 +133,8 @@ class AdaptedAttention(Adapter):
         y: Tensor = last(mixed)
         bias = getattr(last, "bias", None)
         if scale := self._behind().get(name):
-            return y - scale(torch.zeros_like(y[:1, :1]) if bias is None else bias)
+            constant: Tensor = scale(torch.zeros_like(y[:1, :1]) if bias is None else bias)
+            return y - constant
         return y if bias is None or self.family in _WITH_BIAS else y - bias
 
     def _heads(self, y: Tensor, part: Part, norm: str) -> Tensor:

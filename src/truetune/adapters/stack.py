@@ -11,6 +11,7 @@ from torch.nn import Parameter
 from truetune.adapters.base import LowRankUpdate
 from truetune.adapters.combine import Combination
 from truetune.adapters.composed import attachment_of, layers_of
+from truetune.adapters.expert_lora import ExpertsLoRA
 from truetune.adapters.held import Held, Part
 from truetune.adapters.inject import Attachment
 from truetune.adapters.lora_embedding import TiedHead
@@ -36,6 +37,8 @@ def check_additive(held: Held, name: str) -> None:
         reason = _NO_SUM[kind]
     elif held.attachment.rows:
         reason = "it has rows of tokens of its own, which stand in the place of the base's"
+    elif any(isinstance(layer, ExpertsLoRA) for layer in held.layers.values()):
+        reason = "it adapts experts that are one parameter (target_parameters), whose module is no map that adds up"
     else:
         return
     raise AdapterError(

@@ -70,9 +70,11 @@ LOCK = ".lock"
 
 
 @contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path, refusal: OutputError | None = None) -> Iterator[None]:
     """Hold a folder against a second process that would write the same into it.
 
+    Args:
+        refusal: what to raise in place of the usual words.
     Raises:
         OutputError: one is at work there.
     """
@@ -81,12 +83,14 @@ def alone(folder: Path) -> Iterator[None]:
     except ImportError:  # Windows
         yield
         return
-    handle = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR)
+    with writing(folder):
+        handle = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise OutputError(f"another process is writing {folder}", ("way out", "wait for it, or stop it")) from None
+            way_out = ("way out", "wait for it, or stop it")
+            raise refusal or OutputError(f"another process is writing {folder}", way_out) from None
         except OSError:  # network disks may know no locks
             pass
         yield

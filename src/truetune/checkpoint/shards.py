@@ -30,7 +30,8 @@ class ShardWriter:
     """Writes a checkpoint whose tensors are known beforehand; the bodies may then come in any order.
 
     Use it as a context manager: leaving it normally calls ``close``, an exception calls ``abort``. Files carry
-    temporary names until ``close``, and any failure removes them all.
+    temporary names until ``close``, and any failure removes them all; an interruption leaves those that ``finished``
+    was told of.
 
     Args:
         folder: exists, and holds no model yet.
@@ -139,12 +140,14 @@ class ShardWriter:
             sync(self._folder)
         self._open = False
 
-    def abort(self) -> None:
-        """Remove whatever was written. Does nothing after ``close``."""
+    def abort(self, *, interrupted: bool = False) -> None:
+        """Remove whatever was written, or only what is not finished. Does nothing after ``close``."""
         if self._open:
             self._open = False
             for temporary, final in self._files.items():
                 ours = temporary if temporary.exists() else final
+                if ours is final and interrupted and self._finished:
+                    continue
                 with contextlib.suppress(OSError):  # a disk that refuses this too is reported by what came before
                     ours.unlink(missing_ok=True)
 
@@ -152,7 +155,10 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.close() if kind is None else self.abort()
+        if kind is None:
+            self.close()
+        else:
+            self.abort(interrupted=issubclass(kind, KeyboardInterrupt))
         self._aside.shutdown()
 
     def _temporary(self, name: str) -> Path:
@@ -165,8 +171,8 @@ class ShardWriter:
         with writing(self._folder, needed=self._needed):
             try:
                 yield
-            except BaseException:
-                self.abort()
+            except BaseException as error:
+                self.abort(interrupted=isinstance(error, KeyboardInterrupt))
                 raise
 
     @contextlib.contextmanager

@@ -57,6 +57,11 @@ COMMANDS: dict[str, Command] = {
         "truetune.recipes.verify",
         "prove that what was trained is what is served",
     ),
+    "import-config": Command(
+        "truetune.config.import_config:ImportConfig",
+        "truetune.recipes.import_config",
+        "turn another program's config into one of ours",
+    ),
     "inspect": Command(
         "truetune.config.inspect:InspectConfig", "truetune.recipes.inspect", "say what a file or folder is"
     ),

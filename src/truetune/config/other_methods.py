@@ -119,6 +119,12 @@ class Bottleneck(AdapterConfig):
     reduction: float = option(
         16.0, help="how many times narrower than the model", group="tuning", alias=("reduction_factor",), gt=0
     )
+    adapter_reads: Literal["part", "stream"] = option(
+        "part",
+        help="what they read: what the sublayer puts out (parallel: takes in), or the residual stream there, as "
+        "AdapterHub's seq_bn and par_bn do",
+        group="tuning",
+    )
     activation: Literal["relu", "gelu", "silu"] = option("relu", help="between its two maps", group="tuning")
     adapter_scale: float = option(1.0, help="factor of its output", group="tuning", gt=0)
 

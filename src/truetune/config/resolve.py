@@ -29,11 +29,11 @@ class Resolved(Generic[C]):
         for name, info in type(self.config).model_fields.items():
             value = getattr(self.config, name)
             plain = list(value) if isinstance(value, tuple) else value
-            groups.setdefault(group_of(info), []).append(f"  {name}: {_in_yaml(plain)}  # {self.sources[name]}")
+            groups.setdefault(group_of(info), []).append(f"  {name}: {in_yaml(plain)}  # {self.sources[name]}")
         return "".join(f"{group}:\n" + "\n".join(lines) + "\n" for group, lines in groups.items())
 
 
-def _in_yaml(value: Any) -> str:
+def in_yaml(value: Any) -> str:
     """On one line, and readable; escaped only where YAML would take a character for a line break."""
     # In brackets, because a bare text could not be told from a number, a date or a yes.
     text: str = ""

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import mmap
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import overload
@@ -30,8 +30,9 @@ PARTS = {
 
 # Pages of a file count as the process's own while they are mapped: they are let go after this many examples. Around
 # each page that is touched, the system maps 64 KB.
-_EXAMPLES = 256
-_STRETCH = 1 << 22  # values that are looked at in one go
+_EXAMPLES = 32
+_STRETCH = 1 << 22  # tokens that are looked at in one go
+_ROWS = 1 << 14  # and examples
 
 
 class Origins(Sequence[Origin]):
@@ -85,22 +86,26 @@ class MappedSet(TokenSet):
 
     def trained_count(self) -> int:
         """As ``TokenSet.trained_count``."""
-        first = self.offsets[:-1][self.lengths > 0]
-        return sum(int(part.sum()) for part in self._stretches(self.trained)) - int(self.trained[first].sum())
+        total = 0
+        for start in range(0, len(self), _ROWS):
+            offsets = self.offsets[start : start + _ROWS + 1]
+            flags, first = self.trained[offsets[0] : offsets[-1]], offsets[:-1][offsets.diff() > 0]
+            total += int(flags.sum()) - int(flags[first - offsets[0]].sum())
+            self.let_go()
+        return total
 
     def highest(self) -> int:
         """As ``TokenSet.highest``."""
-        return max((int(part.max()) for part in self._stretches(self.tokens)), default=0)
+        highest = 0
+        for start in range(0, len(self.tokens), _STRETCH):
+            highest = max(highest, int(self.tokens[start : start + _STRETCH].max()))
+            self.let_go()
+        return highest
 
     def gathered(self, parts: Iterable[TokenSet]) -> TokenSet:
         """Written beside this set, under a name of its own."""
         names = self.origins.names if isinstance(self.origins, Origins) else []
         return write_set(self.folder, f"{self.stem}+", parts, names)
-
-    def _stretches(self, values: Tensor) -> Iterator[Tensor]:
-        for start in range(0, len(values), _STRETCH):
-            yield values[start : start + _STRETCH]
-            self.let_go()
 
 
 class SetWriter:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from truetune.data.duplicates import LISTED, Likeness, Sketched, compared
-from truetune.data.near import Sketches
+from truetune.data.near import LIMIT, Sketches
 from truetune.data.schema import Origin, Row
 from truetune.data.shards_made import Counts, Shard, load_shard, shard_file
 
@@ -86,7 +86,9 @@ class Shards:
 
     def sketched(self, wanted: Tensor) -> Sketched:
         """Those of the ``wanted`` rows ([rows] bool) that have sketches, and these."""
-        sketches, origins, end = Sketches(), list[tuple[str, Tensor]](), 0
+        count = len(wanted)
+        # Comparing them takes a kilobyte a row: where there is no room for all of them, it is left to the rest.
+        sketches, origins, end = Sketches(LIMIT if count <= LIMIT else LIMIT // 4), list[tuple[str, Tensor]](), 0
         for number, counts in enumerate(self.counts):
             chosen = wanted[end : end + counts.rows].nonzero()[:, 0]
             end += counts.rows

@@ -1,4 +1,4 @@
-"""Merge into a checkpoint, tensor by tensor: the memory of one weight, whatever the size of the model.
+"""Merge into a checkpoint, tensor by tensor: the memory of two weights, whatever the size of the model.
 
 Loading the model, changing it and saving it would hold all of it, and run it through a class that may rename or drop
 what it doesn't know. Here the base's own files are the plan: every tensor nobody edits is copied as bytes, an edited
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,7 +76,7 @@ def merge_checkpoint(
     progress: Callable[[int, int], None] | None = None,
     identity: str = "",
 ) -> MergeReport:
-    """Write ``base`` with ``edits`` to the new folder ``out``, holding one tensor at a time.
+    """Write ``base`` with ``edits`` to the new folder ``out``, holding one changed tensor while the next is made.
 
     Args:
         edits: by tensor name, the same as in the value. An addition may reuse a dropped name.
@@ -118,9 +119,13 @@ def merge_checkpoint(
             kept=partial.kept,
         ) as writer,
     ):
+        waiting = [tensor.name for tensor in plan if writer.waits_for(tensor.name)]
+        made = _made_ahead([edits[name] for name in waiting if name in edits], entries)
         for tensor in plan:
-            if writer.waits_for(tensor.name):
-                _write(writer, tensor.name, edits.get(tensor.name), entries)
+            if tensor.name in edits and writer.waits_for(tensor.name):
+                writer.write(tensor.name, next(made))
+            elif writer.waits_for(tensor.name):
+                writer.write_from(entries[tensor.name])
             done += tensor.nbytes
             if progress is not None:
                 progress(done, total)
@@ -188,12 +193,17 @@ def _plan(
     return plan + [PlannedTensor(edit.name, edit.dtype, edit.shape) for edit in new]
 
 
-def _write(writer: ShardWriter, name: str, edit: Edit | Addition | None, entries: Mapping[str, TensorEntry]) -> None:
-    """One tensor; a function of its own so that nothing of it is still held when the next one is read."""
-    match edit:
-        case None:
-            writer.write_from(entries[name])
-        case Edit():
-            writer.write(name, edit.apply(load(entries[name])))
-        case Addition():
-            writer.write(name, edit.make())
+def _made_ahead(edits: Sequence[Edit | Addition], entries: Mapping[str, TensorEntry]) -> Iterator[Tensor]:
+    """The changed tensors one by one; while one is written, the next is read and computed, and no more than that."""
+    with ThreadPoolExecutor(1) as aside:
+        ahead = [aside.submit(_make, edit, entries) for edit in edits[:1]]
+        for following in (*edits[1:], None):
+            made = ahead.pop().result()
+            if following is not None:
+                ahead.append(aside.submit(_make, following, entries))
+            yield made
+            del made
+
+
+def _make(edit: Edit | Addition, entries: Mapping[str, TensorEntry]) -> Tensor:
+    return edit.apply(load(entries[edit.name])) if isinstance(edit, Edit) else edit.make()

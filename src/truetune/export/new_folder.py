@@ -92,7 +92,7 @@ _DONE = ".done.jsonl"
 
 @contextlib.contextmanager
 def continued(out: Path, files: Mapping[str, bytes | Path], needed: int, *, identity: str) -> Iterator[Partial]:
-    """As ``appearing``, for work that a kill should not lose: the weight files that were finished are found again.
+    """As ``appearing``, for work that neither a kill nor Ctrl-C should lose: finished weight files are found again.
 
     The folder gets a ``MANIFEST.json`` with size and SHA-256 of each file.
 
@@ -117,8 +117,9 @@ def continued(out: Path, files: Mapping[str, bytes | Path], needed: int, *, iden
             with writing(out.parent, needed=needed):
                 _list_files(partial, files)
                 _take_name(partial, out)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+        except BaseException as error:
+            if not (isinstance(error, KeyboardInterrupt) and (partial / _DONE).is_file()):
+                shutil.rmtree(partial, ignore_errors=True)
             raise
 
 

@@ -67,7 +67,7 @@ def serving(file: AdapterFile) -> Served:
     ranks = {path: len(a) for path, (a, _) in pairs.items()}
     scales = {path: lowrank.scale(own[path].alpha, ranks[path], rank_stabilised=settings.use_rslora) for path in pairs}
     rank, scale = max(ranks.values()), _one_scale(scales, max(ranks.values()))
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for path, (a, b) in pairs.items():
         wide_a, wide_b = _padded(a, b, rank, scales[path] / scale)
         tensors |= {f"{ROOT}{path}.{A}": wide_a, f"{ROOT}{path}.{B}": wide_b}

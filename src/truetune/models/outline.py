@@ -11,7 +11,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -22,8 +21,8 @@ TIED: Mapping[str, bool] = {
     "gemma": True, "gemma2": True, "llama": False, "mistral": False, "olmo2": False, "phi3": False, "qwen2": False,
     "qwen3": False,
 }  # fmt: skip
-"""``model_type`` of the families that keep their weights as ``nn.Linear`` and one ``nn.Embedding``, under the names that
-their files have; and whether the head is the table where ``config.json`` does not say."""
+"""``model_type`` of the families that keep their weights as ``nn.Linear`` and one ``nn.Embedding``, under the names in
+their files; and whether the head is the table where ``config.json`` does not say."""
 
 _TABLE, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _NAMES = re.compile(r"lm_head\.weight|model\.(embed_tokens|norm|layers\.(\d+)(\.\w+)+)\.(weight|bias)")
@@ -98,8 +97,13 @@ def outline(config: PlainConfig, entries: Mapping[str, TensorEntry]) -> Outline:
             _place(model, path, _module(entry, path, bias=f"{path}.bias" in entries, dtype=config.dtype))
     if config.tied:
         rows, width = entries[_TABLE].shape
-        model.lm_head = nn.Linear(width, rows, bias=False, device="meta", dtype=config.dtype)
-        model.lm_head.weight = model.get_input_embeddings().weight
+        head, table = (
+            nn.Linear(width, rows, bias=False, device="meta", dtype=config.dtype),
+            model.get_input_embeddings(),
+        )
+        assert isinstance(table, nn.Embedding)
+        head.weight = table.weight
+        model.lm_head = head
     return model
 
 
@@ -123,7 +127,8 @@ def _module(entry: TensorEntry, path: str, *, bias: bool, dtype: torch.dtype) ->
         return norm
     out, size = entry.shape
     if entry.name == _TABLE:
-        return nn.Embedding(out, size, device="meta", dtype=dtype)
+        # Given its weight, it draws none: on this device that would import a compiler.
+        return nn.Embedding(out, size, _weight=torch.empty(out, size, device="meta", dtype=dtype))
     return nn.Linear(size, out, bias=bias, device="meta", dtype=dtype)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ def load_plain(folder: Path, *, device: str) -> tuple[Any, list[str]]:
     Raises:
         ModelError: it does not load.
     """
+    # One of its warnings is said at each product in a dtype that it casts, which is every product of a bf16 model.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     with explained(str(folder)), quiet():
         model, info = AutoModelForCausalLM.from_pretrained(
             str(folder), dtype="auto", local_files_only=True, trust_remote_code=False, output_loading_info=True

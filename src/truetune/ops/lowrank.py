@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from truetune.ops.threads import one_thread
+
 _ROWS = 1024  # of a weight that are wide at a time
-_CACHED = 1 << 18  # values of a weight that are merged at a time: twice a megabyte in float32
+_CACHED = 1 << 17  # values of a weight that are merged at a time: twice half a megabyte in float32
 _EXACT, _SPARE, _ITERATIONS = 1024, 16, 8
 
 
@@ -62,9 +64,10 @@ def fold(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     merged = torch.empty_like(weight, memory_format=torch.contiguous_format, requires_grad=False)
     sums = torch.empty(min(rows, len(weight)), weight.shape[1], dtype=wide, device=weight.device)
     update = torch.empty_like(sums)
-    for source, target, left in zip(*(torch.split(t, rows) for t in (weight.detach(), merged, b)), strict=True):
-        part = torch.mm(left, a, out=update[: len(left)])
-        target.copy_(sums[: len(left)].copy_(source).add_(part, alpha=scale))
+    with one_thread():  # which is faster at pieces of this size than several that wait for each other
+        for source, target, left in zip(*(torch.split(t, rows) for t in (weight.detach(), merged, b)), strict=True):
+            part = torch.mm(left, a, out=update[: len(left)])
+            target.copy_(sums[: len(left)].copy_(source).add_(part, alpha=scale))
     return merged
 
 

@@ -23,6 +23,14 @@ def threads_for(tensors: Sequence[Tensor]) -> Iterator[None]:
     if before == 1 or not small or any(t.device.type != "cpu" for t in tensors):
         yield
         return
+    with one_thread():
+        yield
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """One of torch's threads inside."""
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield

@@ -107,6 +107,8 @@ def prepare_sft(
                 ("way out", "no --text-blocks: rows share micro-batches without padding anyway"),
                 ("or", "--format text, where the rows have a text as well"),
             )
+        if config.text_blocks:
+            told.note(f"texts are joined, and cut into blocks of {max_length:,} tokens")
         if templated and config.fim_rate:
             told.warn("--fim-rate: the conversations among the rows stay as they are; it is for texts alone")
         if templated and (day := wording()[1]):
@@ -114,7 +116,6 @@ def prepare_sft(
 
     def limit(told: Told) -> Limit:
         if config.text_blocks:
-            told.note(f"texts are joined, and cut into blocks of {max_length:,} tokens")
             return _no_limit
         return functools.partial(
             limit_lengths, max_length=max_length, policy=config.on_overlong, say=told.warn, decode=tokenizer.decode

@@ -75,8 +75,8 @@ def _write_model(
     core = _core(tokenizer)
     keys |= tokenizer_keys(core, rows, _specials(tokenizer, source), words)
     if changes := left_out(core):
-        screen.warn(f"before it cuts a text the tokenizer changes it ({'; '.join(changes)}), and llama.cpp does not: texts "
-                    "that this concerns, such as ones with several blanks in a row, become other tokens there")  # fmt: skip
+        screen.warn(f"the tokenizer changes a text before it cuts it ({'; '.join(changes)}), and llama.cpp does not: "
+                    "texts that this concerns, such as ones with blanks in a row, become other tokens")  # fmt: skip
     screen.say("gguf", f"{source.name} → {path}: {arch.name}, {kind}")
     with screen.bar("writing") as progress:
         written = gguf.write_model(path, arch, tensors, keys, kind=kind, name=_name(source), progress=progress)

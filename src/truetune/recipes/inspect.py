@@ -1,4 +1,4 @@
-"""``truetune inspect``: what is this? A model, an adapter, a checkpoint, a run, or a data file."""
+"""``truetune inspect``: what is this? A model, an adapter, a checkpoint, a run, a GGUF, or a data file."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from truetune.data.schema import Reject, Row
 from truetune.data.sources import suffix_of
 from truetune.errors import DataError, nearest
 from truetune.models import load
+from truetune.recipes import inspect_diff
 from truetune.recipes.resume import read_settings
 from truetune.train.log import whole_rows
 
@@ -35,19 +36,27 @@ Parse = Callable[..., tuple[list[Row], list[Reject]]]  # as ``Intake``, with the
 
 
 def run(resolved: Resolved[InspectConfig]) -> dict[str, Any]:
-    """Print what ``path`` is, or the methods; returns the same facts."""
+    """Print what ``path`` is, what two things differ in, or the methods; returns the same facts."""
+    if resolved.config.diff:
+        return inspect_diff.run(*map(existing, resolved.config.diff))
     if resolved.config.path is None:
         return list_methods()
-    path = Path(resolved.config.path).expanduser()
-    if not path.exists():
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise DataError(f"there is no file or folder {path}", ("did you mean", nearest(path.name, siblings)))
+    path = existing(resolved.config.path)
     intake = Intake(columns=parse_columns(resolved.config.columns))
     facts = describe(path, functools.partial(intake, form=resolved.config.format))
     width = max(map(len, facts))
     for key, value in facts.items():
         print(f"{key:<{width}}  {_text(value)}")  # noqa: T201 - the command's output
     return facts
+
+
+def existing(name: str) -> Path:
+    """The path that a name means. Raises DataError where nothing is there."""
+    path = Path(name).expanduser()
+    if not path.exists():
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise DataError(f"there is no file or folder {path}", ("did you mean", nearest(path.name, siblings)))
+    return path
 
 
 def list_methods() -> dict[str, Any]:
@@ -81,7 +90,7 @@ def describe(path: Path, parse: Parse) -> dict[str, Any]:
             )
     if path.is_file() and path.suffix == ".safetensors":
         return describe(path.parent, parse)
-    return _data(path, parse)
+    return inspect_diff.gguf_facts(path) if path.suffix == ".gguf" else _data(path, parse)
 
 
 def find_data(folder: Path) -> list[Path]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def _into_base(
         )
     )
     dense = out if recipe is None else out.with_name(f".{out.name}.{os.getpid()}.dense")
-    with screen.bar("writing") as progress:
+    with _kept_if_stopped(out, screen), screen.bar("writing") as progress:
         report = merge_checkpoint(
             base,
             dense,
@@ -124,6 +125,19 @@ def _into_base(
         proof = after_merge(str(file.folder), config.out, name, allow_mismatch=sorted(config.allowed))
         result |= {"verify": proof["verdict"], "exit_code": proof["exit_code"]}
     return result
+
+
+@contextlib.contextmanager
+def _kept_if_stopped(out: Path, screen: Screen) -> Iterator[None]:
+    """Say, when the user stops a merge, what of it is not lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        whole = [path for path in out.parent.glob(f".{out.name}.*.partial/*.safetensors") if path.name[0] != "."]
+        if whole:
+            screen.note(f"{len(whole)} finished weight files are kept in {whole[0].parent}: the same command goes on "
+                        "from there")  # fmt: skip
+        raise
 
 
 def _pack(

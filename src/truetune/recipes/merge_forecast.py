@@ -49,7 +49,7 @@ def forecast(base: Path, out: Path, edits: Mapping[str, Edit | Addition], *, pac
     edited = [entries[name] for name in edits if name in entries]
     largest = max((entry.nbytes for entry in edited), default=0)
     widest = max((math.prod(entry.shape) for entry in edited), default=0)
-    held = 2 * largest + (8 * widest if packed else 0)
+    held = 3 * largest + (8 * widest if packed else 0)
     require_space(out, total)
     seconds = total / _rate(out, total) + sum(math.prod(entry.shape) for entry in edited) / _FOLD_RATE
     return Forecast(resident_mb() + held / 1e6, total / 1e6, seconds)

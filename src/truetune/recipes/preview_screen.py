@@ -158,7 +158,8 @@ def _repeats(repeats: dict[str, Any], held: dict[str, Any] | None) -> list[str]:
 
 def _written(facts: dict[str, Any]) -> str:
     shares = ", ".join(f"{name} {share:.1%}" for name, share in facts["scripts"].items() if share >= 0.001)
-    return f"letters: {shares or 'none'} · {facts['code_rows']:,} rows hold code"
+    code = facts["code_rows"]
+    return f"letters: {shares or 'none'} · {code:,} {'row holds' if code == 1 else 'rows hold'} code"
 
 
 def _packing(facts: dict[str, Any]) -> str:

@@ -13,14 +13,12 @@ from typing import Any
 
 from truetune.checkpoint import run_state
 from truetune.checkpoint.atomic import write_text, writing
-from truetune.checkpoint.disk import existing
+from truetune.checkpoint.disk import LOCK, alone, existing
 from truetune.config.resolve import Resolved
 from truetune.config.sft import TrainConfig
 from truetune.errors import CheckpointError, OutputError
 from truetune.recipes.resume import check_settings
 from truetune.train.log import Screen
-
-_LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -77,27 +75,14 @@ def locked(folder: RunFolder) -> Iterator[None]:
     Raises:
         OutputError: another process is at work there.
     """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
     with writing(folder.path):
         folder.path.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder.path / _LOCK, os.O_CREAT | os.O_RDWR)
-    try:
-        # Network disks may know no locks; that is no reason not to train.
-        with contextlib.suppress(OSError):
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise OutputError(
-                    f"--out: another process is training in {folder.path}",
-                    ("way out", f"wait for it or stop it; --out {_free_name(folder.path)} starts a run beside it"),
-                ) from None
+    refusal = OutputError(
+        f"--out: another process is training in {folder.path}",
+        ("way out", f"wait for it or stop it; --out {_free_name(folder.path)} starts a run beside it"),
+    )
+    with alone(folder.path, refusal):
         yield
-    finally:
-        os.close(handle)
 
 
 def start(folder: RunFolder, resolved: Resolved[Any]) -> None:
@@ -136,7 +121,7 @@ def _given(config: TrainConfig) -> Path | None:
 
 def _is_empty(path: Path) -> bool:
     """Nothing there, or only what a run leaves that was killed while it wrote its very first file."""
-    return not path.exists() or all(entry.name.startswith((_LOCK, ".run.yaml.tmp-")) for entry in path.iterdir())
+    return not path.exists() or all(entry.name.startswith((LOCK, ".run.yaml.tmp-")) for entry in path.iterdir())
 
 
 def _check_writable(path: Path) -> None:

@@ -44,7 +44,26 @@ def report(setup: Setup, card: dict[str, Any], losses: dict[str, list[tuple[int,
             lines.append(f"truetune merge --model {config.model} --adapter {where} --out merged")
     else:
         lines.append(f"truetune generate --model {where} --prompt '…'")
-    return "\n".join([*lines, "```", ""])
+    return "\n".join([*lines, "```", "", *_again(card, config.command, where.parent), ""])
+
+
+def _again(card: dict[str, Any], command: str, out: Path) -> list[str]:
+    """How to get the same result once more, and what that depends on."""
+    facts = card["facts"]
+    machine = facts.get("environment") or {}
+    return [
+        "The same result once more, to the bit on a processor of the same kind:",
+        "",
+        "```",
+        f"truetune {command} --config {out / 'run.yaml'} --out again",
+        "```",
+        "",
+        f"- with {', '.join(f'{name} {number}' for name, number in card['versions'].items())}",
+        f"- computed in {facts.get('compute')}, kernels: {machine.get('kernels')}, threads: {machine.get('threads')}, "
+        f"tokens per micro-batch: {facts.get('micro_tokens')}",
+        f"- from weights with sha256 {card['base']['weights_sha256'] or '(not known)'}",
+        *(f"- from `{name}` with sha256 {digest}" for name, digest in card["data"]["files"].items()),
+    ]
 
 
 def _repeats(data: dict[str, Any]) -> str:

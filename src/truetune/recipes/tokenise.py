@@ -86,7 +86,8 @@ def _parted(config: TrainConfig, form: str, screen: Told) -> tuple[Source, Sourc
 def say_passed_over(config: TrainConfig, screen: Told) -> None:
     """Name the files of a folder that are no data, and what is dropped from rows."""
     if others := passed_over([*config.data, *config.val_data]):
-        screen.warn(f"{len(others)} files are not data and are not read: {', '.join(others[:5])}")
+        some = f"{len(others):,} files are not data and are" if len(others) > 1 else "1 file is not data and is"
+        screen.warn(f"{some} not read: {', '.join(others[:5])}{', …' if len(others) > 5 else ''}")
     for line in mixed_parts(config.data):
         screen.warn(f"{line}; name the files that are meant, and those with held-out rows as --val-data")
     if dropped := [name.replace("_", " ") for name in policies(config).dropping()]:

@@ -122,7 +122,8 @@ def after_merge(adapter: str, out: str, base: str, **given: Any) -> dict[str, An
 
 def _sentence(code: int, count: int) -> str:
     what = "the adapter says" if count == 1 else f"all {count} say"
-    return {0: f"{what} the same", 1: "drift, for the reasons under the table", 2: "can't tell, for the reasons under the table"}[code]
+    why = "for the reasons under the table"
+    return {0: f"{what} the same", 1: f"drift, {why}", 2: f"can't tell, {why}"}[code]
 
 
 def _count(samples: Sequence[Sample]) -> str:

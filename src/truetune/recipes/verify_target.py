@@ -51,7 +51,7 @@ def find_target(config: VerifyConfig) -> Target:
         )
     file = files.read(result) if (result / files.CONFIG).is_file() else None
     base = str(result) if file is None else config.model or _base_of(file)
-    return Target(home, result, _reference(config, home), base, file)
+    return Target(home, result, _reference(config, home, is_adapter=file is not None), base, file)
 
 
 def _base_of(file: files.AdapterFile) -> str:
@@ -61,14 +61,19 @@ def _base_of(file: files.AdapterFile) -> str:
     return str(name)
 
 
-def _reference(config: VerifyConfig, home: Path | None) -> Path:
+def _reference(config: VerifyConfig, home: Path | None, *, is_adapter: bool) -> Path:
     if config.reference:
         return Path(config.reference).expanduser()
     if home is None or not (home / verify_reference.FILE).is_file():
         raise CheckpointError(
             f"{config.run} lies without the prompts it was trained on, so nothing can be compared",
             ("expected", f"{verify_reference.FILE} in its run's folder"),
-            ("way out", "name the run's folder, or --reference with that file; a run keeps it unless --verify-prompts "
-             "is 0, since this version"),
+            ("way out", _way_out(config, is_adapter=is_adapter)),
         )  # fmt: skip
     return home / verify_reference.FILE
+
+
+def _way_out(config: VerifyConfig, *, is_adapter: bool) -> str:
+    if not is_adapter:
+        return f"name the run first, and then what was made from it: truetune verify RUN {config.run}"
+    return "name the run's folder, or --reference with that file; a run keeps it unless --verify-prompts is 0"

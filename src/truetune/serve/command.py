@@ -37,6 +37,7 @@ def run(resolved: Resolved[ServeConfig]) -> dict[str, Any]:
     Shelves.of(config.adapters)  # what can't be is said before anything is loaded
     with bind(config.host, config.port) as listening:
         service = service_of(config, screen)
+        listening.listen()  # from here on clients wait in line, and are not turned away
         port = listening.getsockname()[1]
         door = Door(config.token, local_only=config.token is None)
         server = Server(application(service, door), service.gate, drain=config.drain, most=config.max_connections,

@@ -55,7 +55,7 @@ def document(*, with_token: bool) -> str:
         refused = (400, 404, 408, 413, 415, 429, 500, 503, 504)
         content = {"application/json": {"schema": _ref(given)}}
         if event is not None:
-            content["text/event-stream"] = {"schema": {"type": "string", "description": "`data: ` and a "
+            content["text/event-stream"] = {"schema": {"description": "`data: ` and a "
                                             f"{event.__name__} per event; the last is `data: [DONE]`"}}  # fmt: skip
         body = {"required": True, "content": {"application/json": {"schema": _ref(taken)}}}
         paths[path] = {"post": {**_operation(path, about, content, refused, with_token), "requestBody": body}}

@@ -20,6 +20,7 @@ class Wire(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
+Ids = list[Annotated[int, Field(ge=0, lt=2**31)]]
 Stop = Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MOST_STOPS)]
 
 
@@ -127,7 +128,7 @@ class ChatRequest(Asked):
 class CompletionRequest(Asked):
     """The body of ``/v1/completions``; the prompt is continued as it is, without a template."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | list[str] | Ids | list[Ids]
     logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
     echo: bool | None = False
     best_of: int | None = None
@@ -150,7 +151,7 @@ class EmbeddingRequest(Labels):
     """The body of ``/v1/embeddings``."""
 
     model: Annotated[str, Field(min_length=1, examples=["base"])]
-    input: str | list[str] | list[int] | list[list[int]]
+    input: str | list[str] | Ids | list[Ids]
     encoding_format: Literal["float", "base64"] | None = "float"
     dimensions: int | None = None
 

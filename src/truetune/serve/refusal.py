@@ -54,14 +54,18 @@ def of_error(error: TruetuneError, *, status: int = 400, param: str | None = Non
 def of_validation(error: ValidationError) -> Refusal:
     """A body that is no JSON, or not of the form that the route takes: its first fault, and how many more there are."""
     faults = error.errors(include_url=False, include_context=False)
-    first = faults[0]
+    # Of the alternatives that a field may be, the one that was read furthest is the one that was meant.
+    field = faults[0]["loc"][:1]
+    same = [fault for fault in faults if fault["loc"][:1] == field]
+    first = max(same, key=lambda fault: (len(fault["loc"]), not fault["type"].endswith("_type")))
     if first["type"] == "json_invalid":
         return Refusal(400, f"the body is not valid JSON: {first['msg'].partition(': ')[2] or first['msg']}")
     # Alternatives of a union stand in the path too, and are no part of the field's name.
     param = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or str(part).isidentifier())
     said = {"missing": "is required", "extra_forbidden": "is no field of this route"}.get(first["type"])
     said = said or first["msg"].removeprefix("Value error, ")
-    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    others = len({fault["loc"][:1] for fault in faults}) - 1
+    more = f" (and {others} more)" if others else ""
     return Refusal(400, f"{param or 'the body'}: {said}{more}", param=param or None)
 
 
