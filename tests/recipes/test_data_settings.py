@@ -1,6 +1,9 @@
 """What settings about data make of rows, and what is said and counted of it."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -135,6 +138,15 @@ def test_the_file_of_a_run_can_be_previewed(
     assert "batch_size" in capsys.readouterr().err
 
 
+def test_a_preview_that_nobody_reads_to_its_end_is_no_refusal(tiny_model: Path, alpaca_file: Path) -> None:
+    command = f"{sys.executable} -m truetune preview --model {tiny_model} --data {alpaca_file} --sample 12"
+    read, write_end = os.pipe()
+    os.close(read)
+    done = subprocess.run(command.split(), stdout=write_end, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write_end)
+    assert (done.returncode, "Traceback" in done.stderr) == (141, False)
+
+
 def test_a_row_over_the_limit_is_shown_with_its_start(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -146,4 +158,4 @@ def test_a_row_over_the_limit_is_shown_with_its_start(
     assert shown["raw"].startswith("<|im_start|>user\nWhy?")
     assert "0 once upon" in out
     assert "row 9" in out
-    assert "… and" not in out  # the refusal lists twenty rows, the verdict eight: what is left out of both is not 13 rows
+    assert "… and" not in out  # a count of lines is none of rows

@@ -239,7 +239,10 @@ def test_what_was_cut_off_is_in_the_report(tiny_model: Path, tmp_path: Path) -> 
     assert (report["read"], report["used"], report["rejected"]) == (16, 16, {})
     run_sft(tiny_model, data, tmp_path / "whole", max_length=256, on_overlong="drop", max_steps=1)
     report = json.loads((tmp_path / "whole" / "data" / "report.json").read_text())
-    assert (report["truncated"], report["rejected"]) == ({"rows": 0, "tokens": 0, "without_stop": 0}, {"over_length": 2})
+    assert (report["truncated"], report["rejected"]) == (
+        {"rows": 0, "tokens": 0, "without_stop": 0},
+        {"over_length": 2},
+    )
 
 
 def test_held_out_rows_that_are_trained_on_are_said(

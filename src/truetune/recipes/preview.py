@@ -45,6 +45,13 @@ class _Silent(Screen):
         self.console.quiet = True
 
 
+class _Output(Console):
+    """Standard output; whoever reads it may go, and its exit code of 1 would be an answer here."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def run(resolved: Resolved[PreviewConfig]) -> dict[str, Any]:
     """Show the rows and figures; returns what ``--json`` prints, ``exit_code`` 1 where a run would refuse the data.
 
@@ -62,7 +69,7 @@ def run(resolved: Resolved[PreviewConfig]) -> dict[str, Any]:
     facts = summarise(config, prepared, max_length, refusal)
     gallery = Gallery(prepared, tokenizer)
     chosen = choose(config, gallery, screen)
-    painter = Painter(Console(highlight=False, soft_wrap=True))
+    painter = Painter(_Output(highlight=False, soft_wrap=True))
     rows = [gallery.show(number, why) for number, why in chosen.items()]
     if any(not row.reject for row in rows):
         painter.legend()

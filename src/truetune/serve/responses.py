@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -195,8 +195,3 @@ class Failure(Answer):
     """The body of every refusal."""
 
     error: Fault
-
-
-def failure(content: dict[str, Any]) -> Failure:
-    """A refusal's body, checked against its form."""
-    return Failure.model_validate(content)

@@ -47,7 +47,7 @@ _HERMES = Format("<tool_call>", "</tool_call>")
 def format_of(source: str) -> Format | None:
     """How a template has calls written; None for a form that is not known."""
     # Other templates use the same tags around a form of their own, which has no "arguments" in quotes.
-    is_json = re.search(r"""["']?\\?"arguments\\?"|'arguments'|"arguments\"""", source) is not None
+    is_json = re.search(r'\\?"arguments\\?"', source) is not None
     return _HERMES if _HERMES.begin in source and _HERMES.end in source and is_json else None
 
 
