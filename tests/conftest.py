@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's client is imported: no test may reach for the network
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -22,8 +23,6 @@ _kernels = Path(tempfile.gettempdir()) / f"truetune-kernels-{os.environ.get('PYT
 _kernels.mkdir(mode=0o700, exist_ok=True)
 (Path(os.environ["TRUETUNE_CACHE"]) / "native").symlink_to(_kernels)
 atexit.register(shutil.rmtree, os.environ["TRUETUNE_CACHE"], ignore_errors=True)
-
-import torch
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 CHATML = (

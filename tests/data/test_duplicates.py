@@ -81,3 +81,10 @@ def test_the_report_keeps_twenty_pairs_and_counts_all() -> None:
     facts = likeness(numbered(*[ROW] * 30)).facts()
     assert (facts["exact"], len(facts["rows"]["exact"])) == (29, 20)
     assert facts["rows"]["exact"][0] == ["x.jsonl, row 2", "x.jsonl, row 1", 1.0]
+
+
+def test_a_row_that_is_read_twice_by_its_weight_is_no_repeat_and_hides_none() -> None:
+    text = " ".join(f"word{n}" for n in range(80))
+    (one,), held = numbered(text), numbered(text + " more", file="held.jsonl")
+    found = likeness([one, one], held)
+    assert (found.repeats, len(found.near_leaked)) == ([], 1)

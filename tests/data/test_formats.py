@@ -487,3 +487,12 @@ def test_of_input_and_context_the_one_that_says_something_is_kept(
 ) -> None:
     row = one({"instruction": "a", "input": added, "context": context, "output": "b"})
     assert row.messages[0].input == expected
+
+
+def test_a_pair_that_is_no_choice_is_a_fault_and_a_shorter_better_one_is_an_answer() -> None:
+    short, long = (chat(("user", "q"), ("assistant", "a"), *more)["messages"] for more in ((), (("user", "r"),)))
+    rows, (reject,) = parse_rows(
+        raws({"chosen": short, "rejected": long}, {"chosen": short, "rejected": short}), "chosen"
+    )
+    assert [message.content for message in rows[0].messages] == ["q", "a"]
+    assert (reject.origin.row, reject.reason) == (2, "ambiguous")

@@ -32,6 +32,11 @@ def test_reasoning_is_dropped_in_either_form(answer: Message) -> None:
         Policies("error").apply(row(answer))
 
 
+def test_what_an_answer_says_about_thinking_stays() -> None:
+    answer = Message("assistant", "Wrap it: <think>x</think> tags. Done.", reasoning="hm")
+    assert Policies("drop").apply(row(answer)).messages[-1].content == "Wrap it: <think>x</think> tags. Done."
+
+
 def test_an_answer_of_nothing_but_reasoning_is_no_answer() -> None:
     with pytest.raises(RowError) as caught:
         Policies("drop").apply(row(Message("assistant", "<think>hm</think>")))

@@ -86,6 +86,19 @@ def test_an_adapter_beside_the_base_says_what_it_says_alone(method: str, tmp_pat
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
+def test_an_adapted_head_of_its_own_is_no_base_s(tmp_path: Path) -> None:
+    model = FAMILIES["llama"].make()
+    folder = saved(model, LoRA(rank=2, alpha=64, targets=("lm_head",)), tmp_path / "adapter")
+    base, tuned = [generated(model, p, COUNT) for p in PROMPTS], with_adapter(model, folder, PROMPTS, COUNT)
+    server = engine(model)
+    server.adapters.register("own", folder)
+    requests = [Request(p, adapter=name, max_new_tokens=COUNT) for p in PROMPTS for name in (None, "own")]
+    found = [list(delta.ids) for delta in answers(server, requests)]
+    assert server.stats()["path"] == "direct"
+    assert base != tuned
+    assert (found[::2], found[1::2]) == (base, tuned)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bloom"])
 def test_rows_with_several_adapters_share_a_step(name: str, tmp_path: Path) -> None:
     model = FAMILIES[name].make()

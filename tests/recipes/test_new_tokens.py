@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import truetune as tt
 from families import distance, logits
 from peft_peer import unwarned
+from proof_runs import facts as proof
 from training_runs import cut_after, differences, run_sft
 from truetune.adapters import files
 from truetune.config.generate import GenerateConfig
@@ -105,6 +106,13 @@ def test_only_the_rows_are_stored(trained: tuple[Path, Path], capsys: pytest.Cap
     checkpoint = next((run / "checkpoints").iterdir()) / "adapter"
     assert files.read(checkpoint).card["tokenizer"] == file.card["tokenizer"]
     assert answer(base, checkpoint)
+
+
+def test_a_run_that_grew_its_table_is_proven(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    base, run = trained
+    tt.merge(str(base), str(run / "adapter"), str(tmp_path / "merged"))
+    found = proof(run, tmp_path / "merged")
+    assert (found["exit_code"], len(found["artefacts"])) == (0, 2)
 
 
 def test_a_resumed_run_is_the_same_to_the_bit(trained: tuple[Path, Path], rows: Path, tmp_path: Path) -> None:

@@ -46,11 +46,6 @@ class Combination:
         """Whether the result's rank is chosen."""
         return self.kind.endswith("svd")
 
-    @property
-    def wants_equal_ranks(self) -> bool:
-        """Whether the adapters' A and B are added entry by entry."""
-        return not self.compresses and self.kind != "cat"
-
     def of(
         self, updates: Sequence[LowRankUpdate], weights: Sequence[float], draws: torch.Generator | None = None
     ) -> LowRankUpdate:

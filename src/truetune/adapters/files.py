@@ -136,7 +136,7 @@ def load(
         if before_fill is not None:
             before_fill()
         fill(model, file.tensors, where=str(file.folder))
-    except AdapterError:
+    except BaseException:  # out of memory and Ctrl-C too: half an adapter on a model answers nonsense
         detach(model)
         if grows:
             dismiss(model, before)

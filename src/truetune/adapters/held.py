@@ -71,7 +71,7 @@ class Held:
 
     def plug(self, model: nn.Module) -> None:
         """Put it in the base's places; it trains or not as these do, and is where they are."""
-        self._follow()
+        self.follow()
         for place in self.places.values():
             if place.own.training != place.base.training:
                 place.own.train(place.base.training)
@@ -92,7 +92,7 @@ class Held:
             setattr(part.owner, part.name, part.base)
         del model.truetune_attachment
 
-    def _follow(self) -> None:
+    def follow(self) -> None:
         """Move to where the base is, if it moved; all of a model is taken to be in one place."""
         for part in self.parts:
             part.own.data = part.own.data.to(part.base.device)
@@ -116,17 +116,16 @@ def hold(model: nn.Module, file: AdapterFile) -> Held:
     try:
         files.load(model, file, before_fill=lambda: _own_parts(before))
         held = _taken(model, before)
+        if held.attachment.grew_from not in (None, rows_of_table(model)):
+            raise AdapterError(
+                f"{file.folder} brings tokens of its own, and adapters of one model share its vocabulary",
+                ("way out", "load it alone, or merge it into the base first"),
+            )
     except BaseException:
         if attachment(model):
             detach(model)
         _give_back(before)
         raise
-    if held.attachment.grew_from not in (None, rows_of_table(model)):
-        detach(model)
-        raise AdapterError(
-            f"{file.folder} brings tokens of its own, and adapters of one model share its vocabulary",
-            ("way out", "load it alone, or merge it into the base first"),
-        )
     for place in held.places.values():  # new layers are as for training
         place.own.train(place.base.training)
     held.unplug(model)

@@ -108,6 +108,7 @@ def stacked(helds: Mapping[str, Held], weights: Sequence[float]) -> Held:
     """
     for name, held in helds.items():
         check_additive(held, name)
+        held.follow()  # those that are not in use may lie where the model was before
     by_name = dict(zip(helds, weights, strict=True))
     updates = combined_updates({n: h.updates for n, h in helds.items()}, by_name, Combination("cat"))
     tied = tied_of(helds)

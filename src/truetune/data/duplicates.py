@@ -101,6 +101,7 @@ def likeness(rows: Sequence[Row], held_out: Sequence[Row] = (), *, limit: int = 
     Args:
         limit: rows of each side that take part in the search for near ones; bounds its memory.
     """
+    rows = list({row.origin: row for row in rows}.values())  # one that a weight of 2 reads twice is no repeat
     repeats, leaked = duplicates(rows), shared(rows, held_out)
     again, known = {row for row, _ in repeats}, set(leaked)
     once = [row for row in rows if row.origin not in again]

@@ -42,7 +42,7 @@ class Intake:
         """For these sources, as the user names them.
 
         Raises:
-            ConfigError: a mapping of columns that is not understood, or one file with two weights.
+            ConfigError: a mapping of columns that is not understood, or one file with two weights, formats or columns.
             DataError: as ``find_sources``.
         """
         files: dict[str, Source] = {}
@@ -51,6 +51,8 @@ class Intake:
                 first = files.setdefault(file, source)
                 if min(first.weight, source.weight) < 1 and first.weight != source.weight:
                     raise ConfigError(f"--data: {file} is to be taken {first.weight:g} and {source.weight:g} times")
+                if (first.form, first.columns) != (source.form, source.columns):
+                    raise ConfigError(f"--data: {file} is named twice, with other formats or columns")
         return cls(files, parse_columns(columns), policies or Policies(), seed)
 
     def __call__(

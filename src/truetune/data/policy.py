@@ -17,7 +17,7 @@ from truetune.data.schema import Message, Row
 
 Policy = Literal["keep", "drop", "error"]
 
-_THOUGHTS = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
+_THOUGHTS = re.compile(r"\A\s*<think>.*?</think>\s*", re.DOTALL)  # further on it is what the answer speaks of
 
 
 @dataclass(frozen=True)

@@ -274,9 +274,7 @@ def _alone(key: str, waits: Callable[[], None]) -> Iterator[bool]:
                 fcntl.flock(handle, fcntl.LOCK_EX)
         yield waited
     finally:
-        with contextlib.suppress(OSError):
-            os.unlink(folder / key)
-        os.close(handle)
+        os.close(handle)  # the file stays: unlinked, it would let in one who waits for it and one who makes it anew
 
 
 def _make_room(folder: Path, newest: Path) -> None:

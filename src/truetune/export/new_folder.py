@@ -110,6 +110,11 @@ def continued(out: Path, files: Mapping[str, bytes | Path], needed: int, *, iden
             kept = _whole(partial)
             with writing(out.parent, needed=needed):
                 _clear(partial, but=kept)
+                if kept:  # anew: a power cut may have left half a line, which the next one would be added to
+                    lines = "".join(json.dumps(pair) + "\n" for pair in kept.items())
+                    (partial / _DONE).write_text(lines, encoding="utf-8")
+                else:
+                    (partial / _DONE).unlink(missing_ok=True)
                 require_space(out.parent, needed - sum((partial / name).stat().st_size for name in kept))
                 _write_files(partial, files)
             folder = Partial(partial, kept)

@@ -156,7 +156,8 @@ class Engine:
             pieces = self._schedule.pieces()
             if not pieces:
                 return bool(self._schedule.running or self._schedule.waiting)
-            for together in _groups(pieces):
+            # Rows with a cache of their own are computed one by one anyway: alone, a failure is nobody else's.
+            for together in _groups(pieces) if self.pool else [[piece] for piece in pieces]:
                 self._compute(together)
             self._steps += 1
             return True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,7 +28,8 @@ class NativeDecoder:
     def __init__(self, runner: DirectRunner, layers: Layers) -> None:
         self._runner, self._layers = runner, layers
         self._norm = normed(runner.norm)
-        self._placed: tuple[tuple[int, int, int], ...] = ()
+        self._placed: tuple[tuple[int, int, int], ...] | None = ()  # None: unknown
+        self._held: tuple[Mapping[str, Term], ...] = ()
 
     @classmethod
     def of(cls, runner: DirectRunner, pages: Pages) -> Self | None:
@@ -83,8 +84,10 @@ class NativeDecoder:
                 rows = [_row_term(span, span.terms[path]) for span in spans if path in span.terms]
                 if rows:
                     beside[number, name] = rows
+        self._placed = None
         self._layers.place(beside)
-        self._placed = wanted
+        # Held, so that no other adapter's terms can come to lie at the same address.
+        self._placed, self._held = wanted, tuple(span.terms for span in spans)
 
 
 def _row_term(span: Span, term: Term) -> RowTerm:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from truetune.adapters.base import Adapter
 from truetune.adapters.ia3 import IA3Linear, scaled
@@ -115,8 +115,3 @@ def project_rows(weight: FrozenWeight, bias: Tensor | None, x: Tensor, own: Sequ
 def terms_at(path: str, spans: Sequence[Span]) -> list[tuple[int, int, Term]]:
     """Those of one map."""
     return [(span.first, span.end, span.terms[path]) for span in spans if path in span.terms]
-
-
-def linear_paths(model: nn.Module) -> dict[int, str]:
-    """``id`` of each module that a term can belong to → its path."""
-    return {id(module): path for path, module in model.named_modules() if has_plain_products(module)}

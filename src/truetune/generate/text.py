@@ -33,6 +33,9 @@ class TextStream:
         self._ids.append(token)
         before = self._decode(self._ids[self._from : self._read])
         whole = self._decode(self._ids[self._from :])
+        if whole == before:  # a token that says nothing, and begins no character
+            self._read = len(self._ids)
+            return ""
         unfinished = whole.endswith(_UNFINISHED) and len(self._ids) - self._read < _LONGEST_CHARACTER
         if unfinished or len(whole) <= len(before):
             return ""

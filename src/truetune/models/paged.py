@@ -25,7 +25,6 @@ NAME = "truetune-paged"
 PAGE = 16
 """Tokens of a page."""
 
-_KNOWN = frozenset(("scaling", "dropout", "sliding_window", "softcap"))
 # Rotations that depend on the longest text of a batch: a text would change with its neighbours.
 _MOVING_ROPE = ("dynamic", "longrope")
 

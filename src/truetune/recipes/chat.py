@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from truetune.adapters.inject import attachment
 from truetune.config.chat import ChatConfig
 from truetune.config.resolve import Resolved
 from truetune.data.schema import Message
@@ -172,14 +173,25 @@ class Chat:
             self.engine.adapters.register(name.strip(), folder.strip())
         elif name:
             self.engine.adapters.check(name)
+        else:
+            self._check_base()
         self.adapter = name.strip() or None
         others = ", ".join(self.engine.adapters.names())
         self.screen.say("adapter", (self.adapter or "none: the base") + (f" · known: {others}" if others else ""))
+
+    def _check_base(self) -> None:
+        """That what answers without an adapter is the base."""
+        if attachment(self.speaker.model) is not None:
+            raise ConfigError(
+                "the adapter is a part of the model here, so the base can't be asked alone",
+                ("way out", "truetune chat without --adapter, for the base"),
+            )
 
     def _compare(self, text: str) -> None:
         """The same question twice; the conversation does not remember it."""
         if not text:
             raise ConfigError("/base needs a question", ("expected", "/base TEXT"))
+        self._check_base()
         self.turns.append(_said(text))
         try:
             for label, adapter in (("base", None), (self.adapter or "", self.adapter)):

@@ -14,6 +14,7 @@ from typing import Any
 from truetune.config.options import group_of
 from truetune.config.sft import PretrainConfig, SFTConfig, TrainConfig
 from truetune.data.blocks import cut_into_blocks
+from truetune.data.compressed import PACKINGS
 from truetune.data.fim import FillInTheMiddle
 from truetune.data.intake import Intake
 from truetune.data.length import limit_lengths
@@ -33,7 +34,7 @@ from truetune.train.log import Screen
 # Settings in the group about data that the tokens do not depend on.
 _LATER = ("packing",)
 LARGE = 4 << 20  # bytes of the files, from which on several processes are worth their start
-_PACKED = (".gz", ".parquet")
+_PACKED = (*PACKINGS, ".parquet")
 
 
 @dataclass(frozen=True)

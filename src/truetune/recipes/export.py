@@ -33,7 +33,10 @@ def run(resolved: Resolved[ExportConfig]) -> dict[str, Any]:
         case "card":
             result = export_card.run(config, source, screen)
     if config.push:
-        result["pushed"] = export_push.push(config.push, Path(str(result["out"])), screen)
+        out = Path(str(result["out"]))
+        if config.to == "card" and out.is_dir():  # into a run's folder, perhaps: its rows stay here
+            out /= "README.md"
+        result["pushed"] = export_push.push(config.push, out, screen)
     return {"to": config.to, **result}
 
 

@@ -74,8 +74,9 @@ def list_methods() -> dict[str, Any]:
     return {name: {key: getattr(method, key) for key in own} for name, method in METHODS.items()}
 
 
-def describe(path: Path, parse: Parse) -> dict[str, Any]:
+def describe(path: Path, parse: Parse | None = None) -> dict[str, Any]:
     """The facts about a path, ``kind`` first; ``parse`` understands the rows of data files."""
+    parse = parse or functools.partial(Intake(), form="auto")
     if path.is_dir():
         for marker, look in (
             ("run.yaml", _run), ("state.json", _checkpoint), (files.CONFIG, _adapter), ("config.json", _model),

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from truetune.adapters.files import AdapterFile
 from truetune.adapters.vocabulary import NewTokens
 from truetune.config.sft import TrainConfig
@@ -17,6 +19,8 @@ from truetune.models.tokenizer import ChatTokenizer
 from truetune.recipes.data import Prepared
 from truetune.train.estimate import text_shape
 from truetune.train.log import Screen
+
+_TOKENS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,8 @@ def warn_of_unseen(new: NewTokens | None, prepared: Prepared, screen: Screen) ->
     """Say which new tokens no row contains: their rows would learn nothing but to be unlikely."""
     if new is None:
         return
-    seen: set[int] = set(prepared.train.tokens.tolist())
+    parts = torch.split(prepared.train.tokens, _TOKENS)  # all at once may not fit into memory
+    seen = {int(i) for part in parts for i in torch.unique(part)}
     if unseen := [token for token, i in new.ids.items() if i not in seen]:
         more = f" and {len(unseen) - 5} more" if len(unseen) > 5 else ""
         screen.warn(f"--new-tokens: {', '.join(unseen[:5])}{more}: in no row that is trained on")

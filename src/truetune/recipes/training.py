@@ -79,9 +79,7 @@ def run_training(resolved: Resolved[Any], prepare: Prepare, *, screen: Screen | 
         return result.finish(setup, model, progress, evaluation, screen=screen, seconds=time.perf_counter() - began)
 
 
-def _set_up(
-    resolved: Resolved[Any], prepare: Prepare, screen: Screen, begun: continued.Begun | None
-) -> Setup:
+def _set_up(resolved: Resolved[Any], prepare: Prepare, screen: Screen, begun: continued.Begun | None) -> Setup:
     config: TrainConfig = resolved.config
     device = choose_device(config.device)
     memory_plan.check_device(config, device)

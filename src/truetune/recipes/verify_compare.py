@@ -106,7 +106,8 @@ class Trained:
         self.askable = [s for s in self.samples if room is None or len(s.prompt) + taken <= room]
         self.answers = live.answers(self.askable, longest) if self.askable else []
         attached = attachment(live.model)
-        if attached and not (attached.full_modules or attached.config.trainable):
+        # Off the base again it is the base, unless it trained or grew parts of that.
+        if attached and attached.grew_from is None and not (attached.full_modules or attached.config.trainable):
             detach(live.model)
             found = [agreement(live.logits(s), self.logits(i)) for i, s in enumerate(self.samples)]
             self.effect = pooled(found)

@@ -5,6 +5,7 @@ Nothing is sent anywhere but to the address that was named.
 
 from __future__ import annotations
 
+import http.client
 import json
 import urllib.error
 import urllib.request
@@ -97,12 +98,12 @@ class Server:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"{self._root}/{route}", data=data, headers=headers)
         try:
-            with urllib.request.urlopen(request, timeout=_SECONDS) as response:
+            with urllib.request.build_opener(_StaysHere).open(request, timeout=_SECONDS) as response:
                 found = json.loads(response.read())
         except urllib.error.HTTPError as error:
             said = error.read().decode(errors="replace")[:300]
             raise ModelError(f"--url: {self.name} refuses /{route}: {error.code}", ("it says", said)) from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
             raise ModelError(
                 f"--url: {self.name} does not answer: {reason}",
@@ -111,6 +112,13 @@ class Server:
         if not isinstance(found, dict):
             raise ModelError(f"--url: {self.name} answers /{route} with something else than an object")
         return found
+
+
+class _StaysHere(urllib.request.HTTPRedirectHandler):
+    """Follows no redirection: prompts and key go to the address that was named, and nowhere else."""
+
+    def redirect_request(self, *_: Any) -> None:
+        """No other request."""
 
 
 def _plain_turns(sample: Sample) -> bool:

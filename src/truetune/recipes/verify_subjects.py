@@ -16,7 +16,7 @@ from torch import Tensor
 
 from truetune.adapters.files import CONFIG
 from truetune.config.quant import QuantRecipe
-from truetune.errors import ModelError, TruetuneError, nearest
+from truetune.errors import ModelError, nearest
 from truetune.eval.limits import coarser
 from truetune.generate.answer import Sampling, answer_all
 from truetune.models import load, plain
@@ -220,11 +220,6 @@ def prompt_agrees(subject: Subject, sample: Sample) -> bool | None:
     _, ids = found
     whole = sample.prompt if sample.messages else list(sample.tokens)
     return ids == (len(whole) if isinstance(ids, int) else whole)
-
-
-def explain(error: TruetuneError) -> str:
-    """An error about an artefact, in one line of the table."""
-    return " · ".join([error.message, *(f"{label}: {text}" for label, text in error.notes if label == "because")])
 
 
 def _kind(recipe: QuantRecipe | None, config: Any, computes: torch.dtype) -> str:

@@ -26,11 +26,12 @@ def embed(engine: Engine, texts: Sequence[Sequence[int]], *, adapter: str | None
         AdapterError: the adapter can't be loaded any more.
     """
     vocabulary = engine.model.get_input_embeddings().weight.shape[0]
+    room = min((n for n in (engine.context, engine.stats()["kv_capacity"]) if n is not None), default=None)
     for number, ids in enumerate(texts):
         if not ids:
             raise Refusal(400, f"input {number}: there is no token in it", param="input")
-        if engine.context is not None and len(ids) > engine.context:
-            said = f"input {number}: {len(ids):,} tokens, and the model's context is {engine.context:,}"
+        if room is not None and len(ids) > room:
+            said = f"input {number}: {len(ids):,} tokens, and the model takes {room:,}"
             raise Refusal(400, said, param="input", code="context_length_exceeded")
         if not all(0 <= i < vocabulary for i in ids):
             raise Refusal(400, f"input {number}: an id beyond the vocabulary's {vocabulary - 1}", param="input")
@@ -67,7 +68,7 @@ def _mean(engine: Engine, ids: Sequence[int], adapter: str | None) -> Tensor:
 
 def _states(model: Any, ids: Tensor) -> Tensor:
     """[1, n, hidden], behind the last norm."""
-    out = model.base_model(input_ids=ids)
+    out = model.base_model(input_ids=ids, use_cache=False)
     states = getattr(out, "last_hidden_state", None)
     if not isinstance(states, Tensor):
         raise Refusal(400, "this model gives no hidden states to average", param="model")

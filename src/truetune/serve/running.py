@@ -6,6 +6,7 @@ What a slow client has not taken yet waits here: pieces of its own answers, whos
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -95,7 +96,8 @@ class Running:
             self._cancel()
 
     def _from_engine(self, number: int, delta: Delta) -> None:
-        self._loop.call_soon_threadsafe(self._arrived, number, delta)
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody listens any more
+            self._loop.call_soon_threadsafe(self._arrived, number, delta)
 
     def _arrived(self, number: int, delta: Delta) -> None:
         self._waiting.append((number, delta))

@@ -57,6 +57,8 @@ def parse_preference(raw: RawRow) -> Preference:
     if pair is None:
         return _judged(raw, value)
     better, worse = (prompt_completion.answer_turns(value, column) for column in pair)
+    if better == worse:
+        raise RowError("ambiguous", f"`{pair[0]}` and `{pair[1]}` are the same: neither is the better one")
     shared = _shared(better, worse)
     prompt = [*system_message(value), *(better[:shared] or _prompt(value))]
     if not prompt:
@@ -70,7 +72,7 @@ def _shared(better: Sequence[Message], worse: Sequence[Message]) -> int:
     if better[0].role == "assistant":
         return 0
     pairs = enumerate(zip(better, worse, strict=False))
-    return next((n for n, (one, other) in pairs if one != other), min(len(better), len(worse)))
+    return next((n for n, (one, other) in pairs if one != other), min(len(better) - 1, len(worse)))
 
 
 def _judged(raw: RawRow, value: Mapping[str, Any]) -> Preference:
