@@ -94,8 +94,6 @@ class DirectRunner:
         self.table, self.norm, self._rotary = core.get_input_embeddings(), core.norm, core.rotary_emb
         self._angles = (torch.empty(0), torch.empty(0))
         self._native: NativeDecoder | None = None
-        maps = [getattr(layer, name) for layer in self.layers for name in ("q", "k", "v", "o", "gate", "up", "down")]
-        self._paths = frozenset(each.path for each in maps)
 
     @classmethod
     def of(cls, own: PagedRunner) -> Self | None:
@@ -118,8 +116,6 @@ class DirectRunner:
 
     def logits(self, pieces: Sequence[Piece]) -> Tensor:
         """[w, vocab]: what follows each piece that ends its row so far, in their order."""
-        if any(not span.terms.keys() <= self._paths for span in spans_of(pieces)):  # one on the head, say
-            return self.own.logits(pieces)
         found: dict[int, Tensor] = {}
         # Apart, so that a row's token comes out the same whether or not a prompt is computed beside it.
         for together in ([p for p in pieces if p.count == 1], [p for p in pieces if p.count > 1]):

@@ -17,6 +17,7 @@ from truetune.adapters.inject import adapters, attachment, detach
 from truetune.adapters.methods import trained_parts
 from truetune.adapters.parts import full_modules, has_bias, parameters_of
 from truetune.adapters.peft_config import saved_modules
+from truetune.adapters.targets import output_head
 from truetune.adapters.virtual import virtual_ids
 from truetune.errors import AdapterError
 from truetune.generate.terms import Term, terms_of
@@ -99,8 +100,9 @@ def _taken_out(
 ) -> LoadedAdapter:
     modules = {path: adapter.eval() for path, adapter in adapters(model)}
     stop_ids = frozenset(int(i) for i in file.card.get("stop_ids", ()))
+    head = output_head(model)  # computes the last token of each row alone: the rows of a step are not its rows
     with torch.no_grad():
-        terms = None if parts else terms_of(modules)
+        terms = None if parts or any(adapter is head for adapter in modules.values()) else terms_of(modules)
     if terms is not None:
         return LoadedAdapter(name, owner, terms, stop_ids=stop_ids)
     return LoadedAdapter(name, owner, None, modules, tuple(parts), tuple(virtual_ids(model)), stop_ids)

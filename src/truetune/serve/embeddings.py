@@ -31,7 +31,8 @@ def embed(engine: Engine, texts: Sequence[Sequence[int]], *, adapter: str | None
         if not ids:
             raise Refusal(400, f"input {number}: there is no token in it", param="input")
         if room is not None and len(ids) > room:
-            said = f"input {number}: {len(ids):,} tokens, and the model takes {room:,}"
+            what = "the model's context" if room == engine.context else "the server's --max-tokens"
+            said = f"input {number}: {len(ids):,} tokens, and {what} is {room:,}"
             raise Refusal(400, said, param="input", code="context_length_exceeded")
         if not all(0 <= i < vocabulary for i in ids):
             raise Refusal(400, f"input {number}: an id beyond the vocabulary's {vocabulary - 1}", param="input")
