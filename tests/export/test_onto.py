@@ -65,6 +65,7 @@ def test_onto_the_dequantized_weights_it_is_the_live_model(family: str, kind: st
     merged = logits(reload(tmp_path / "out"))
     assert result["onto"] == "dequantized"
     assert result["drift"] < 1e-7
+    assert result["forecast"]["disk_mb"] == pytest.approx(result["bytes"] / 1e6, abs=0.06)  # dense, in tenths of a MB
     assert distance(logits(dense_twin(live)), merged) <= CLOSE
     assert distance(logits(live), merged) <= (0.05 if kind == "int8" else CLOSE)
     assert open_index(tmp_path / "out").keys() == open_index(base).keys()

@@ -253,7 +253,7 @@ def test_adapters_come_change_break_and_go(start: Callable[..., Any], tiny_model
         (folder / "new" / "adapter_model.safetensors").write_bytes(b"cut")
         status, error = live.refused(CHAT, chat(model="new"))
         assert (status, error["code"]) == (503, "adapter_unavailable")
-        assert "can't be read" in error["message"]
+        assert error["message"] == "the adapter 'new' can't be loaded; the server's log says why"  # and no path of ours
         shutil.copyfile(second / "adapter_model.safetensors", folder / "new" / "adapter_model.safetensors")
         assert said("new") == changed
         shutil.rmtree(folder / "new")

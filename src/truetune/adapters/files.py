@@ -183,6 +183,8 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
 
 def _nearby(folder: Path) -> str:
     """A folder with an adapter close to where the user looked."""
+    if folder.is_file():
+        return "pass the folder that holds an adapter, not a file"
     if not folder.is_dir():
         return f"there is no folder {folder}"
     found = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))

@@ -89,10 +89,10 @@ AttentionMaskInterface.register(NAME, _mask)
 
 
 @contextlib.contextmanager
-def segmented(model: PreTrainedModel) -> Iterator[None]:
-    """Run ``model`` with this attention, and give its own back afterwards."""
+def segmented(model: PreTrainedModel, name: str = NAME) -> Iterator[None]:
+    """Run ``model`` with this attention, or another that is registered, and give its own back afterwards."""
     before = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
+    model.set_attn_implementation(name)
     try:
         yield
     finally:

@@ -6,8 +6,8 @@ as it is, without a cache of its own and without a mask: what a token sees is sa
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from truetune.models.attention import borders, set_to
+from truetune.models.attention import borders, segmented, set_to
 from truetune.models.survey import survey
 from truetune.ops import paged
 from truetune.ops.paged import Segment
@@ -100,15 +100,9 @@ AttentionInterface.register(NAME, _attention)
 AttentionMaskInterface.register(NAME, _mask)
 
 
-@contextlib.contextmanager
-def on_pages(model: PreTrainedModel) -> Iterator[None]:
+def on_pages(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Run ``model`` with this attention, and give its own back afterwards."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
+    return segmented(model, NAME)
 
 
 def paged_logits(model: PreTrainedModel, ids: Tensor, step: PagedRow, wanted: Tensor) -> Tensor:

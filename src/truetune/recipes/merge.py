@@ -64,23 +64,15 @@ def _into_base(
     changes = plan.changes
     how = f" ({config.combine})" if len(parents) > 1 else ""
     screen.say("merge", f"{' + '.join(config.adapter)} → {name}{how}: {len(changes.edits)} tensors change")
-    if file.card and file.card.get("template", "") is None:
-        screen.note("the adapter was trained on bare text, without a chat template; one that the base has stays with "
-                    "the model, which was not trained on it: generate --template none")  # fmt: skip
-    if "tie_word_embeddings" in changes.config:
-        screen.note("the head was tied to the embedding table; the adapter changed one of the two, so both are written")
+    _say_consequences(file, changes.config, screen)
     out = Path(config.out).expanduser()
     recipe = config.recipe()
     check_out(base, out)
     screen.note(str(ahead := forecast(base, out, changes.edits, packed=bool(plan.drift or recipe))))
     # A packed base's drift is summed up over all of its layers, so that it starts anew each time.
-    identity = (
-        ""
-        if recipe or plan.drift
-        else identity_of(
-            [parent.folder for parent in parents.values()], f"{truetune.__version__} {plan.onto} {config.how}"
-        )
-    )
+    settings = f"{truetune.__version__} {plan.onto} {config.how}"
+    folders = [parent.folder for parent in parents.values()]
+    identity = "" if recipe or plan.drift else identity_of(folders, settings)
     dense = out if recipe is None else out.with_name(f".{out.name}.{os.getpid()}.dense")
     with _kept_if_stopped(out, screen), screen.bar("writing") as progress:
         report = merge_checkpoint(
@@ -94,10 +86,7 @@ def _into_base(
             progress=progress,
             identity=identity,
         )
-    if report.kept:
-        screen.note(f"{report.kept} weight files were finished by an earlier attempt, and were kept")
-    for left in sorted(out.parent.glob(f".{out.name}.*.partial")):
-        screen.note(f"{left} is left of another merge that was killed: remove it, or repeat that merge")
+    _say_earlier_attempts(out, report.kept, screen)
     if recipe:
         _pack(dense, out, recipe, config, screen, drift=plan.drift)
     screen.say("done", f"{config.out}: {report.nbytes / 1e6:,.0f} MB, {report.edited + report.added} tensors changed, "
@@ -125,6 +114,22 @@ def _into_base(
         proof = after_merge(str(file.folder), config.out, name, allow_mismatch=sorted(config.allowed))
         result |= {"verify": proof["verdict"], "exit_code": proof["exit_code"]}
     return result
+
+
+def _say_consequences(file: files.AdapterFile, changed: Mapping[str, Any], screen: Screen) -> None:
+    """What of the merged model is not as a user of the base knows it; ``changed`` is that of its config."""
+    if file.card and file.card.get("template", "") is None:
+        screen.note("the adapter was trained on bare text, without a chat template; one that the base has stays with "
+                    "the model, which was not trained on it: generate --template none")  # fmt: skip
+    if "tie_word_embeddings" in changed:
+        screen.note("the head was tied to the embedding table; the adapter changed one of the two, so both are written")
+
+
+def _say_earlier_attempts(out: Path, kept: int, screen: Screen) -> None:
+    if kept:
+        screen.note(f"{kept} weight files were finished by an earlier attempt, and were kept")
+    for left in sorted(out.parent.glob(f".{out.name}.*.partial")):
+        screen.note(f"{left} is left of another merge that was killed: remove it, or repeat that merge")
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from pathlib import Path
 from truetune.adapters import files
 from truetune.checkpoint.atomic import sha256
 from truetune.checkpoint.disk import existing, require_space, writing
+from truetune.checkpoint.header import TensorEntry
 from truetune.checkpoint.tensors import open_index
 from truetune.export.merge import Addition, Edit
 from truetune.train.memory import resident_mb
@@ -45,7 +46,7 @@ def forecast(base: Path, out: Path, edits: Mapping[str, Edit | Addition], *, pac
         OutputError: the disk has too little space for it.
     """
     entries = open_index(base)
-    total = sum(entry.nbytes for entry in entries.values())
+    total = sum(entry.nbytes for entry in entries.values()) + _growth(edits, entries)
     edited = [entries[name] for name in edits if name in entries]
     largest = max((entry.nbytes for entry in edited), default=0)
     widest = max((math.prod(entry.shape) for entry in edited), default=0)
@@ -53,6 +54,19 @@ def forecast(base: Path, out: Path, edits: Mapping[str, Edit | Addition], *, pac
     require_space(out, total)
     seconds = total / _rate(out, total) + sum(math.prod(entry.shape) for entry in edited) / _FOLD_RATE
     return Forecast(resident_mb() + held / 1e6, total / 1e6, seconds)
+
+
+def _growth(edits: Mapping[str, Edit | Addition], entries: Mapping[str, TensorEntry]) -> int:
+    """Bytes that the merged model has more than its base: a layer that was packed is written dense."""
+    after = 0
+    for name, edit in edits.items():
+        before = entries.get(name)
+        if before is None:
+            after += math.prod(edit.shape or ()) * (edit.dtype.itemsize if edit.dtype else 0)
+        else:
+            shape, dtype = edit.shape or before.shape, edit.dtype or before.dtype
+            after += math.prod(shape) * dtype.itemsize - before.nbytes
+    return after
 
 
 def identity_of(adapters: Sequence[Path], settings: str) -> str:

@@ -6,6 +6,7 @@ its prompts with the template it was trained on.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Mapping
@@ -22,8 +23,10 @@ from truetune.generate.shelf import Stamp, stamp_of
 from truetune.models import load
 from truetune.recipes.adapter import check_base, check_template, check_tokenizer
 from truetune.recipes.generate import Speaker, load_speaker, template_of
-from truetune.serve.refusal import Refusal, of_error
+from truetune.serve.refusal import Refusal
 from truetune.train.log import Screen
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,10 @@ class Catalogue:
             try:
                 self._voices[name] = self._load(name, folder, stamp)
             except TruetuneError as error:
-                raise of_error(error, status=503, param="model", code="adapter_unavailable") from None
+                # The reason names folders of this machine: it is for who runs the server, not for who asks.
+                _log.warning("the adapter %s can't be loaded: %s", name, error)
+                said = f"the adapter {name!r} can't be loaded; the server's log says why"
+                raise Refusal(503, said, kind="server_error", param="model", code="adapter_unavailable") from None
             return self._voices[name]
 
     def load_all(self) -> None:
