@@ -82,7 +82,7 @@ class OutOfMemoryError(TruetuneError):
         super().__init__(
             f"out of memory with a single example of {tokens:,} tokens at a time",
             ("kept", "every checkpoint that was complete before is still there"),
-            ("way out", "--recompute full, a lower --max-length, or a smaller model; then --resume auto"),
+            ("way out", "--recompute full --resume auto; or a lower --max-length or a smaller model in another --out"),
         )
 
 
@@ -102,3 +102,8 @@ def nearest(word: str, options: Iterable[str]) -> str:
     by_lower = {option.lower(): option for option in options}
     matches = difflib.get_close_matches(word.lower(), sorted(by_lower), n=1)
     return by_lower[matches[0]] if matches else ""
+
+
+def counted(number: int, one: str, many: str = "") -> str:
+    """``1 row``, ``3,512 rows``; ``many`` where that is not ``one`` and an s."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"

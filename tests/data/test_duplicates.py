@@ -59,8 +59,8 @@ def test_held_out_rows_that_are_nearly_trained_on_are_named() -> None:
     assert [origin.row for origin in found.leaked] == [2]
     assert [(str(pair.row), str(pair.other)) for pair in found.near_leaked] == [("v.jsonl, row 3", "x.jsonl, row 2")]
     leaked, nearly = found.warnings()
-    assert leaked.startswith("1 of 3 rows of --val-data are trained on too")
-    assert nearly.startswith("1 of 3 held-out rows are nearly trained on too")
+    assert leaked.startswith("1 of 3 rows of --val-data is trained on too")
+    assert nearly.startswith("1 of 3 held-out rows is nearly trained on too")
     assert "v.jsonl, row 3 and x.jsonl, row 2" in nearly
 
 

@@ -158,6 +158,20 @@ def test_faulty_rows_are_the_same_ones_in_the_same_order(
     assert not list((cache / "shards").iterdir())  # other rows will have another key
 
 
+def test_what_is_dropped_from_rows_is_counted_in_files_too(
+    tiny_model: Path, tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    thought = [{"messages": [{"role": "user", "content": f"{n}?"},
+                             {"role": "assistant", "reasoning_content": "hm" * (n % 2), "content": f"{n}!"}]}
+               for n in range(40)]  # fmt: skip
+    held = str(write(tmp_path / "held.jsonl", thought[30:]))
+    path = write(tmp_path / "rows.jsonl", thought[:30])
+    for changed in ({"val_split": 0.2}, {"val_split": 0.0, "val_data": (held,)}):
+        one, other, _ = both_ways(sft(tiny_model, path, thinking="drop", **changed), cache, capsys)
+        assert one.report == other.report
+        assert other.report["dropped"] == {"thinking": 15 if "val_data" not in changed else 20}
+
+
 def test_blocks_of_text_are_the_same(
     tiny_model: Path, tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

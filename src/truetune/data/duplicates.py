@@ -4,17 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar, overload
 
 from truetune.data.near import LIMIT, THRESHOLD, Pairs, Sketches, near_repeats, near_shared
 from truetune.data.schema import Origin, Row
 from truetune.data.split import content_hash
+from truetune.errors import counted
 
 LISTED = 20  # pairs that a report keeps of each kind
 _NAMED = 3  # pairs that a line on the screen names
 
 
 Sketched = tuple[Sequence[Row], Sketches]
+T = TypeVar("T")
+
+
+class Head(Sequence[T]):
+    """As many items as there are, of which the first are known: those that are named."""
+
+    def __init__(self, count: int, head: list[T]) -> None:
+        self._count, self._head = count, head
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+    def __getitem__(self, index: int | slice) -> T | list[T]:
+        return self._head[index]
 
 
 @dataclass(frozen=True)
@@ -64,14 +83,14 @@ class Likeness:
         if self.leaked:
             named = [str(origin) for origin in self.leaked[:_NAMED]]
             lines.append(
-                f"{len(self.leaked)} of {self.held_out} rows of --val-data are trained on too, so the held-out loss "
-                f"flatters the result: {_listing(named, self.leaked)}"
+                f"{len(self.leaked)} of {counted(self.held_out, 'row')} of --val-data {_are(self.leaked)} trained on "
+                f"too, so the held-out loss flatters the result: {_listing(named, self.leaked)}"
             )
         if self.near_leaked:
             named = [str(pair) for pair in self.near_leaked[:_NAMED]]
             lines.append(
-                f"{len(self.near_leaked)} of {self.held_out} held-out rows are nearly trained on too, so the held-out "
-                f"loss may flatter the result: {_listing(named, self.near_leaked)}"
+                f"{len(self.near_leaked)} of {counted(self.held_out, 'held-out row')} {_are(self.near_leaked)} nearly "
+                f"trained on too, so the held-out loss may flatter the result: {_listing(named, self.near_leaked)}"
             )
         if self.compared < self.rows:
             lines.append(f"near repeats were looked for among the first {self.compared:,} of {self.rows:,} rows")
@@ -165,11 +184,12 @@ def _sketches(rows: Sequence[Row], limit: int) -> Sketches:
     return sketches
 
 
-def _alike(rows: Sequence[Row], others: Sequence[Row], pairs: Pairs) -> list[Alike]:
-    return [
+def _alike(rows: Sequence[Row], others: Sequence[Row], pairs: Pairs) -> Sequence[Alike]:
+    named = [
         Alike(rows[a].origin, others[b].origin, round(share, 3))
-        for a, b, share in zip(*(column.tolist() for column in pairs), strict=True)
+        for a, b, share in zip(*(column[:LISTED].tolist() for column in pairs), strict=True)
     ]
+    return Head(len(pairs[0]), named)
 
 
 def _where(other: Origin, row: Origin) -> str:
@@ -178,7 +198,11 @@ def _where(other: Origin, row: Origin) -> str:
 
 
 def _rows(found: Sequence[object]) -> str:
-    return f"{len(found)} rows say" if len(found) != 1 else "1 row says"
+    return counted(len(found), "row says", "rows say")
+
+
+def _are(found: Sequence[object]) -> str:
+    return "is" if len(found) == 1 else "are"
 
 
 def _listing(named: Sequence[str], found: Sequence[object]) -> str:

@@ -41,7 +41,7 @@ def limit_lengths(
         raise _overlong_error(examples, long, max_length)
     if policy == "truncate":
         say(_cut_words(examples, long, max_length))
-        return _rebuild(examples, set(), max_length), []
+        return _rebuild(examples, max_length, cut=True), []
     are = "is" if len(long) == 1 else "are"
     say(f"{_rows(len(long))} over {max_length:,} tokens {are} left out: {_listing(examples, long)}")
     rejects = [
@@ -52,7 +52,7 @@ def limit_lengths(
         )
         for i in long
     ]  # fmt: skip
-    return _rebuild(examples, set(long), max_length), rejects
+    return _rebuild(examples, max_length, cut=False), rejects
 
 
 def truncation(before: TokenSet, after: TokenSet) -> dict[str, int]:
@@ -66,28 +66,19 @@ def truncation(before: TokenSet, after: TokenSet) -> dict[str, int]:
     return {"rows": len(shorter), "tokens": int(lost.sum()), "without_stop": broken}
 
 
-def shorten(tokens: Tensor, trained: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
-    """Cut one example to ``max_length`` tokens.
+def _off_the_front(trained: Tensor, max_length: int) -> int:
+    """How many tokens of an example that is too long go from its start, behind the first.
 
     The start of the prompt goes first (all but a quarter of the limit, and never what opens the text), because an
     answer without its question's end is worth less than a question without its start. What is still too long loses its
     end, and with it the stop token: a model must not learn to stop in mid-sentence.
     """
-    if len(tokens) <= max_length:
-        return tokens, trained
-    front = _off_the_front(trained, max_length)
-    keep = [*range(1), *range(1 + front, len(tokens))][:max_length]
-    return tokens[keep], trained[keep]
-
-
-def _off_the_front(trained: Tensor, max_length: int) -> int:
-    """How many tokens of an example that is too long go from its start, behind the first."""
     prompt = int(trained.nonzero()[0, 0]) if bool(trained.any()) else len(trained)
     return min(len(trained) - max_length, max(0, prompt - max(1, max_length // 4)))
 
 
 def _breaks_an_answer(examples: TokenSet, index: int, max_length: int) -> bool:
-    """Whether ``shorten`` ends the example between two trained tokens."""
+    """Whether cutting ends the example between two trained tokens."""
     _, trained = examples.example(index)
     end = _off_the_front(trained, max_length) + max_length
     return end < len(trained) and bool(trained[end - 1]) and bool(trained[end])
@@ -106,19 +97,23 @@ def _rows(count: int) -> str:
     return f"{count:,} row{'s' if count != 1 else ''}"
 
 
-def _rebuild(examples: TokenSet, without: set[int], max_length: int) -> TokenSet:
-    count = len(examples)
+def _rebuild(examples: TokenSet, max_length: int, *, cut: bool) -> TokenSet:
+    """The examples, the long ones cut or left out, written part by part where they are in files."""
     return examples.gathered(
-        _part(examples, [i for i in range(first, min(first + _AT_ONCE, count)) if i not in without], max_length)
-        for first in range(0, count, _AT_ONCE)
+        _part(examples.between(first, first + _AT_ONCE), max_length, cut=cut)
+        for first in range(0, len(examples), _AT_ONCE)
     )
 
 
-def _part(examples: TokenSet, kept: list[int], max_length: int) -> TokenSet:
-    cut = [shorten(*examples.example(i), max_length) for i in kept]
-    return TokenSet.from_lists(
-        [t.tolist() for t, _ in cut], [f.tolist() for _, f in cut], [examples.origins[i] for i in kept]
-    )
+def _part(examples: TokenSet, max_length: int, *, cut: bool) -> TokenSet:
+    lengths = examples.lengths
+    wanted = (lengths <= max_length).repeat_interleave(lengths)
+    for i in (lengths > max_length).nonzero()[:, 0].tolist() if cut else ():
+        begin = int(examples.offsets[i])
+        front = begin + _off_the_front(examples.example(i)[1], max_length)
+        wanted[begin] = True
+        wanted[front + 1 : front + max_length] = True
+    return examples.kept(wanted)
 
 
 def _listing(examples: TokenSet, rows: list[int]) -> str:

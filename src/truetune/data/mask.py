@@ -74,7 +74,7 @@ def encode_rows(
 
 
 def _encode(rendered: Sequence[_Rendered], encoder: TextEncoder) -> tuple[TokenSet, list[Reject]]:
-    kept, ids, flags, rejects = [], [], [], []
+    kept, ids, spans, rejects = [], [], [], []
     for item, encoded in zip(rendered, _tokenise(rendered, encoder), strict=True):
         problem = _mask_problem(item, encoded, encoder)
         if problem:
@@ -82,8 +82,8 @@ def _encode(rendered: Sequence[_Rendered], encoder: TextEncoder) -> tuple[TokenS
         else:
             kept.append(item.row.origin)
             ids.append(encoded.tokens)
-            flags.append(encoded.trained)
-    return TokenSet.from_lists(ids, flags, kept), rejects
+            spans.append(encoded.spans)
+    return TokenSet.from_spans(ids, spans, kept), rejects
 
 
 def _written_stops(encoder: TextEncoder) -> tuple[str, ...]:
@@ -180,15 +180,18 @@ def _without(holes: Sequence[tuple[int, int]], start: int, end: int) -> tuple[tu
 
 @dataclass(frozen=True)
 class _Encoded:
-    """One row as tokens; ``differs`` says which prompt in it is not the one that would be served."""
+    """One row as tokens, with the stretches that are trained, apart from each other and in their order.
+
+    ``differs`` says which prompt in it is not the one that would be served.
+    """
 
     tokens: list[int]
-    trained: list[bool]
+    spans: list[tuple[int, int]]
     differs: int | None  # counts the trained stretches, from 1
 
 
 def _tokenise(items: Sequence[_Rendered], encoder: TextEncoder) -> list[_Encoded]:
-    """Ids and flags of each text.
+    """Ids and trained stretches of each text.
 
     A text is encoded as a whole, and once more up to each border of a span: where the shorter ids are a prefix of the
     longer ones, their number is the border. Where a merge reaches across a border, the text is cut at all of them
@@ -208,13 +211,22 @@ def _tokenise(items: Sequence[_Rendered], encoder: TextEncoder) -> list[_Encoded
         else:
             counts = [len(prefix) for prefix in prefixes]
         position = {0: 0, **dict(zip(edges, counts, strict=True)), len(item.text): len(ids)}
-        flags = [False] * len(ids)
-        for start, end in item.spans:
-            flags[position[start] : position[end]] = [True] * (position[end] - position[start])
+        spans = _joined([(position[start], position[end]) for start, end in item.spans])
         served = {0: [], len(item.text): ids, **dict(zip(edges, prefixes, strict=True))}
         differs = (n for n, (start, _) in enumerate(item.spans, 1) if ids[: position[start]] != served[start])
-        result.append(_Encoded(ids, flags, next(differs, None)))
+        result.append(_Encoded(ids, spans, next(differs, None)))
     return result
+
+
+def _joined(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Stretches that have a token, those that touch as one."""
+    found: list[tuple[int, int]] = []
+    for start, end in spans:
+        if found and start <= found[-1][1]:
+            found[-1] = found[-1][0], max(end, found[-1][1])
+        elif start < end:
+            found.append((start, end))
+    return found
 
 
 def _cut(text: str, edges: Sequence[int], encoder: TextEncoder) -> tuple[list[int], list[int]]:
@@ -231,10 +243,10 @@ def _cut(text: str, edges: Sequence[int], encoder: TextEncoder) -> tuple[list[in
 
 def _mask_problem(item: _Rendered, encoded: _Encoded, encoder: TextEncoder) -> tuple[str, str] | None:
     """Why an example must not be trained on: no trained token, another prompt than served, an answer without end."""
-    tokens, trained = encoded.tokens, encoded.trained
+    tokens, spans = encoded.tokens, encoded.spans
     if encoder.bos_token and tokens[1:2] == tokens[:1] == encoder.encode([encoder.bos_token])[0]:
         return "double_bos", f"the text begins with {encoder.bos_token} twice: take one of them off the template"
-    if not any(trained[1:]):  # the first token has no predecessor to be predicted from
+    if not any(end > 1 for _, end in spans):  # the first token has no predecessor to be predicted from
         return "nothing_trained", "no token of this row carries a loss"
     if encoded.differs is not None:
         return "prompt_differs", (
@@ -242,7 +254,7 @@ def _mask_problem(item: _Rendered, encoded: _Encoded, encoder: TextEncoder) -> t
             "joins to the template's, so this prompt would be served in other tokens than it is trained in; --train-on "
             "last trains the last answer alone, or take such characters (a line break, mostly) off the answer"
         )
-    ends = [i for i, flag in enumerate(trained) if flag and (i + 1 == len(trained) or not trained[i + 1])]
+    ends = [end - 1 for _, end in spans]
     closing = ends[-1:] if item.whole else ends
     if item.row.messages and any(tokens[end] not in encoder.stop_ids for end in closing):
         last = encoder.decode([tokens[ends[-1]]])

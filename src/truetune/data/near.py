@@ -39,25 +39,29 @@ class Sketches:
 
     def __init__(self, limit: int = LIMIT) -> None:
         self.limit, self.seen = limit, 0
-        self._parts: list[Sketch] = []
+        self._kept = np.empty((limit, BINS), np.uint16)  # of which the system gives what is written to, no more
+        self._count = 0
 
     def add(self, texts: Sequence[str]) -> None:
         """Take in the next texts."""
         room = max(0, self.limit - self.seen)
         self.seen += len(texts)
-        self._parts += [_sketch(block) for block in _blocks(texts[:room])]
+        for block in _blocks(texts[:room]):
+            self._keep(_sketch(block))
 
     def take(self, made: Sketch) -> None:
         """Take in the sketches of the next texts, made elsewhere."""
-        self._parts.append(made[: max(0, self.limit - self.seen)])
+        self._keep(made[: max(0, self.limit - self.seen)])
         self.seen += len(made)
+
+    def _keep(self, made: Sketch) -> None:
+        self._kept[self._count : self._count + len(made)] = made
+        self._count += len(made)
 
     @property
     def matrix(self) -> Sketch:
         """[rows, 128] uint16, in the order of the texts."""
-        if len(self._parts) != 1:  # put together once: a copy for each who asks would take as much again
-            self._parts = [np.concatenate([np.zeros((0, BINS), np.uint16), *self._parts])]
-        return self._parts[0]
+        return self._kept[: self._count]
 
 
 def near_repeats(sketches: Sketches, threshold: float = THRESHOLD) -> Pairs:
@@ -68,16 +72,16 @@ def near_repeats(sketches: Sketches, threshold: float = THRESHOLD) -> Pairs:
     """
     matrix = sketches.matrix
     rows = _worded(matrix)
-    return _above(matrix, matrix, [(rows[a], rows[b]) for a, b in map(_earlier, _band_keys(matrix[rows]))], threshold)
+    return _above(matrix, matrix, ((rows[a], rows[b]) for a, b in map(_earlier, _band_keys(matrix, rows))), threshold)
 
 
 def near_shared(held_out: Sketches, known: Sketches, threshold: float = THRESHOLD) -> Pairs:
     """Texts of ``held_out`` that are nearly one of ``known``; as ``near_repeats``."""
     matrix, others = held_out.matrix, known.matrix
     ours, theirs = _worded(matrix), _worded(others)
-    keys = zip(_band_keys(matrix[ours]), _band_keys(others[theirs]), strict=True)
-    found = [_among(key, other) for key, other in keys]
-    return _above(matrix, others, [(ours[a], theirs[b]) for a, b in found], threshold)
+    keys = zip(_band_keys(matrix, ours), _band_keys(others, theirs), strict=True)
+    found = (_among(key, other) for key, other in keys)
+    return _above(matrix, others, ((ours[a], theirs[b]) for a, b in found), threshold)
 
 
 def word_hashes(texts: Sequence[str]) -> tuple[Words, NDArray[np.int64]]:
@@ -187,12 +191,15 @@ def _filled(matrix: Sketch) -> Sketch:
     return borrowed
 
 
-def _band_keys(matrix: Sketch) -> Iterator[Words]:
-    """One column of keys for each band: rows that agree on the band have the same key."""
-    chunks = [_filled(matrix[i : i + _BLOCK // BINS]) for i in range(0, len(matrix), _BLOCK // BINS)]
-    filled = np.concatenate([matrix[:0], *chunks])
-    for start in range(0, BINS, _BAND):
-        yield np.ascontiguousarray(filled[:, start : start + _BAND]).view(np.uint64)[:, 0]
+def _band_keys(matrix: Sketch, rows: NDArray[np.int64]) -> Iterator[Words]:
+    """One column of keys for each band: ``rows`` that agree on the band have the same key."""
+    half, step = BINS // 2, _BLOCK // BINS
+    for first in (0, half):  # filled twice over, so that half of it is held: the sketches of all rows are large
+        filled = np.empty((len(rows), half), np.uint16)
+        for i in range(0, len(rows), step):
+            filled[i : i + step] = _filled(matrix[rows[i : i + step]])[:, first : first + half]
+        for start in range(0, half, _BAND):
+            yield np.ascontiguousarray(filled[:, start : start + _BAND]).view(np.uint64)[:, 0]
 
 
 def _earlier(keys: Words) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -217,9 +224,9 @@ def _above(
     ours: Sketch, theirs: Sketch, candidates: Iterable[tuple[NDArray[np.int64], NDArray[np.int64]]], threshold: float
 ) -> Pairs:
     """Compare candidates; of each row, the pair with the largest share (the earliest of equals) is kept."""
-    pairs = np.unique(
-        np.concatenate([np.zeros(0, np.int64), *(row * len(theirs) + other for row, other in candidates)])
-    )
+    pairs = np.zeros(0, np.int64)
+    for row, other in candidates:  # one band after another: those that are alike meet again in most of them
+        pairs = np.union1d(pairs, row * len(theirs) + other)
     row, other = np.divmod(pairs, max(1, len(theirs)))
     step = _BLOCK // BINS
     share = np.concatenate(

@@ -15,7 +15,8 @@ from typing import Any, BinaryIO
 
 from truetune.data.compressed import opened, packing_of
 from truetune.data.read_csv import parse_csv
-from truetune.data.read_json import BOM, holds_lines, not_utf8, parse_document, parse_lines
+from truetune.data.read_document import document_rows
+from truetune.data.read_json import BOM, holds_lines, not_utf8, parse_lines
 from truetune.data.rejects import excerpt
 from truetune.data.schema import Origin, RawRow, Reject
 from truetune.data.sources import suffix_of
@@ -23,7 +24,7 @@ from truetune.errors import DataError
 
 Parts = tuple[list[RawRow], list[Reject]]
 
-SIZE = 2 << 20  # bytes of text in a block, about: some thousand rows, of which a process holds one block at a time
+SIZE = 1 << 20  # bytes of text in a block, about: some thousand rows, of which a process holds one block at a time
 _TABLES = {".parquet": "Parquet", ".arrow": "Arrow", ".feather": "Feather"}
 _PARTED_BY = {".csv": ",", ".tsv": "\t"}
 _ROWS = 4096  # in a block of a format whose rows have no size before they are read
@@ -108,7 +109,7 @@ def _blocks(name: str, suffix: str, stream: BinaryIO, *, packed: bool) -> Iterat
     elif suffix == ".txt":
         yield Block(name, 0, parts=_read_text(name, stream.read()))
     elif suffix == ".json" and not _starts_like_lines(stream):
-        yield from _in_blocks(name, (item for part in parse_document(name, stream.read()) for item in part))
+        yield from _in_blocks(name, document_rows(name, stream))
     else:
         yield from _line_blocks(name, stream, packed=packed)
 

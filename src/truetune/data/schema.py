@@ -129,6 +129,18 @@ class TokenSet:
         return cls(torch.from_numpy(flat_tokens), torch.from_numpy(flat_trained), offsets, list(origins))
 
     @classmethod
+    def from_spans(
+        cls, tokens: Sequence[Sequence[int]], spans: Sequence[Sequence[tuple[int, int]]], origins: Sequence[Origin]
+    ) -> TokenSet:
+        """Build from one list of ids per example, and the stretches of it that are trained."""
+        made = cls.from_lists(tokens, [], origins)
+        made.trained = torch.zeros(len(made.tokens), dtype=torch.bool)
+        for begin, stretches in zip(made.offsets.tolist(), spans, strict=False):
+            for start, end in stretches:
+                made.trained[begin + start : begin + end] = True
+        return made
+
+    @classmethod
     def join(cls, parts: Sequence[TokenSet]) -> TokenSet:
         """The examples of all ``parts``, one part after another."""
         parts = [cls.from_lists([], [], []), *parts]
@@ -182,6 +194,23 @@ class TokenSet:
         # What had no predecessor has one now, which knows nothing of the text.
         trained[offsets[:-1][self.lengths > 0] + count] = False
         return TokenSet(tokens, trained, offsets, self.origins, self.virtual + count)
+
+    def between(self, first: int, last: int) -> TokenSet:
+        """Examples ``first`` to ``last`` (which is not among them), as views."""
+        last = min(last, len(self))
+        start, end = int(self.offsets[first]), int(self.offsets[last])
+        offsets, origins = self.offsets[first : last + 1] - start, self.origins[first:last]
+        return TokenSet(self.tokens[start:end], self.trained[start:end], offsets, origins, self.virtual)
+
+    def kept(self, wanted: Tensor) -> TokenSet:
+        """What is left where only the ``wanted`` tokens ([N] bool) stay; of an example without any, nothing is."""
+        if bool(wanted.all()):
+            return self
+        counts = torch.cat([torch.zeros(1, dtype=torch.int64), wanted.cumsum(0)])[self.offsets].diff()
+        left = counts > 0
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts[left].cumsum(0)])
+        origins = [self.origins[i] for i in left.nonzero()[:, 0].tolist()]
+        return TokenSet(self.tokens[wanted], self.trained[wanted], offsets, origins, self.virtual)
 
     def ends(self) -> Tensor:
         """[m] int32: the last token of every trained stretch."""

@@ -78,6 +78,11 @@ class MappedSet(TokenSet):
         # Named in full: a class with slots is made twice, and the short form of ``super`` knows the first.
         return TokenSet.example(self, index)
 
+    def between(self, first: int, last: int) -> TokenSet:
+        """As ``TokenSet.between``; the pages of what was looked at before are let go."""
+        self.let_go()
+        return TokenSet.between(self, first, last)
+
     def let_go(self) -> None:
         """Give the pages back to the system, which keeps what it has room for."""
         if hasattr(mmap, "MADV_DONTNEED"):
@@ -145,20 +150,6 @@ class SetWriter:
 
     def _put(self, part: str, values: Tensor) -> None:
         self._files[part].write(values.to(PARTS[part]).contiguous().numpy().data)
-
-
-def taken(examples: TokenSet, keep: Tensor) -> TokenSet:
-    """The examples for which ``keep`` ([n] bool) is True."""
-    if bool(keep.all()):
-        return examples
-    lengths = examples.lengths
-    tokens = keep.repeat_interleave(lengths)
-    return TokenSet(
-        examples.tokens[tokens],
-        examples.trained[tokens],
-        torch.cat([torch.zeros(1, dtype=torch.int64), lengths[keep].cumsum(0)]),
-        [examples.origins[i] for i in keep.nonzero()[:, 0].tolist()],
-    )
 
 
 def write_set(folder: Path, stem: str, parts: Iterable[TokenSet], names: Sequence[str]) -> MappedSet:

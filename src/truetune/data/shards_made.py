@@ -17,6 +17,7 @@ from truetune.data.duplicates import said
 from truetune.data.formats import Choice
 from truetune.data.language import holds_code, letters
 from truetune.data.near import Sketches
+from truetune.data.policy import drops
 from truetune.data.read_blocks import Block
 from truetune.data.rejects import faults
 from truetune.data.schema import Origin, Reject, Row, TokenSet
@@ -49,7 +50,8 @@ class Counts:
     """A shard in numbers: what whoever waits for it has to know.
 
     ``rejected`` rows could not be read or understood, or are left out by choice, which is no fault; ``refused`` ones
-    can't be tokenised. ``letters`` and ``code_rows`` (see ``data.language``) are those of the rows that are trained on.
+    can't be tokenised. ``letters`` and ``code_rows`` (see ``data.language``) are those of the rows that are trained on;
+    ``dropped`` are rows by the policy that took something off them.
     """
 
     read: int
@@ -61,6 +63,7 @@ class Counts:
     sketched: bool
     letters: dict[str, int]
     code_rows: int
+    dropped: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,7 @@ class ShardMaker:
                 sketched=task.sketched,
                 letters=dict(letters(learned)),
                 code_rows=sum(map(holds_code, learned)),
+                dropped=dict(drops(rows)),
             ),
         )
 

@@ -12,17 +12,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar, overload
+from typing import overload
 
 import torch
 from torch import Tensor
 
-from truetune.data.duplicates import LISTED, Likeness, Sketched, compared
+from truetune.data.duplicates import LISTED, Head, Likeness, Sketched, compared
 from truetune.data.near import LIMIT, Sketches
 from truetune.data.schema import Origin, Row
 from truetune.data.shards_made import Counts, Shard, load_shard, shard_file
 
-T = TypeVar("T")
 _STRETCH = 1 << 20  # keys that are looked up at once
 
 
@@ -118,7 +117,7 @@ def likeness_of(ours: tuple[Shards, Tensor], theirs: tuple[Shards, Tensor]) -> L
     named = [others.origin(int(place)) for place in leaked[:LISTED]]
     count = int(theirs[1].sum())
     return compared(
-        _Head(len(again), repeats), _Head(len(leaked), named), shards.sketched(new),
+        Head(len(again), repeats), Head(len(leaked), named), shards.sketched(new),
         others.sketched(held) if count else ([], Sketches()), rows=len(places), held_out=count,
     )  # fmt: skip
 
@@ -148,23 +147,6 @@ def _among(keys: Tensor, known: Tensor) -> Tensor:
             part = keys[start : start + _STRETCH]
             found[start : start + _STRETCH] = known[torch.searchsorted(known, part).clamp_(max=len(known) - 1)] == part
     return found
-
-
-class _Head(Sequence[T]):
-    """As many items as there are, of which the first are known: those that are named."""
-
-    def __init__(self, count: int, head: list[T]) -> None:
-        self._count, self._head = count, head
-
-    def __len__(self) -> int:
-        return self._count
-
-    @overload
-    def __getitem__(self, index: int) -> T: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[T]: ...
-    def __getitem__(self, index: int | slice) -> T | list[T]:
-        return self._head[index]
 
 
 class _Rows(Sequence[Row]):

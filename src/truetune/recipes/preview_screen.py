@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from truetune.data.statistics import Bar
+from truetune.errors import counted
 from truetune.recipes.plan_report import stops_said
 from truetune.recipes.preview_rows import Piece, Shown, visible
 
@@ -90,7 +91,8 @@ class Painter:
 def _title(shown: Shown) -> str:
     size = ""
     if not shown.reject:
-        size = f" · {shown.length:,} tokens, {shown.trained:,} trained ({shown.trained / max(1, shown.length):.0%})"
+        share = f"{shown.trained / max(1, shown.length):.0%}"
+        size = f" · {counted(shown.length, 'token')}, {shown.trained:,} trained ({share})"
     held = " · held out" if shown.part == "held_out" else ""
     return f"{shown.origin}{size}{held}" + (f" · {shown.why}" if shown.why else "")
 
@@ -116,11 +118,12 @@ def summary_lines(facts: dict[str, Any]) -> list[tuple[str, list[str]]]:
     return [
         ("rows", [f"{rows['read']:,} read · {rows['used']:,} used" + (f" · left out: {left_out}" if left_out else "")
                   + (f" · {held['rows']:,} held out" if held else ""), *_dropped(facts["dropped"])]),
-        ("tokens", [f"{train['tokens']:,} in {train['rows']:,} rows · {train['trained_tokens']:,} trained "
+        ("tokens", [f"{train['tokens']:,} in {counted(train['rows'], 'row')} · {train['trained_tokens']:,} trained "
                     f"({train['trained_tokens'] / max(1, train['tokens']):.0%})"]),
         ("lengths", [f"half of the rows {lengths['p25']:,} to {lengths['p75']:,} tokens · median {lengths['median']:,} "
                      f"· 95 % up to {lengths['p95']:,} · longest {lengths['max']:,} of {facts['max_length']:,} allowed"
-                     + (f" · {cut['rows']:,} rows cut by {cut['tokens']:,} tokens" if cut["rows"] else "")]),
+                     + (f" · {counted(cut['rows'], 'row')} cut by {counted(cut['tokens'], 'token')}"
+                        if cut["rows"] else "")]),
         ("answers", [_answers(facts)]),
         ("repeats", _repeats(facts["repeats"], held)),
         ("written", [_written(facts)]),
@@ -130,9 +133,7 @@ def summary_lines(facts: dict[str, Any]) -> list[tuple[str, list[str]]]:
     ]  # fmt: skip
 
 
-def _dropped(dropped: dict[str, int] | None) -> list[str]:
-    if dropped is None:
-        return ["dropped from rows, as asked, without a count: it is not kept for files of this size"]
+def _dropped(dropped: dict[str, int]) -> list[str]:
     words = [f"{name.replace('_', ' ')} from {count:,}" for name, count in dropped.items()]
     return [f"dropped, as asked: {', '.join(words)}"] if words else []
 
@@ -142,7 +143,7 @@ def _answers(facts: dict[str, Any]) -> str:
     if not near_empty["count"]:
         return "none of a word or two"
     named = "; ".join(near_empty["rows"][:3]) + ("; …" if near_empty["count"] > 3 else "")
-    rows = f"{near_empty['count']:,} rows train" if near_empty["count"] != 1 else "1 row trains"
+    rows = counted(near_empty["count"], "row trains", "rows train")
     return f"{rows} at most {near_empty['tokens']} tokens: {named}"
 
 
@@ -158,8 +159,7 @@ def _repeats(repeats: dict[str, Any], held: dict[str, Any] | None) -> list[str]:
 
 def _written(facts: dict[str, Any]) -> str:
     shares = ", ".join(f"{name} {share:.1%}" for name, share in facts["scripts"].items() if share >= 0.001)
-    code = facts["code_rows"]
-    return f"letters: {shares or 'none'} · {code:,} {'row holds' if code == 1 else 'rows hold'} code"
+    return f"letters: {shares or 'none'} · {counted(facts['code_rows'], 'row holds', 'rows hold')} code"
 
 
 def _packing(facts: dict[str, Any]) -> str:

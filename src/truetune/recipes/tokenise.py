@@ -18,7 +18,7 @@ from truetune.data.schema import Reject, Row, TokenSet
 from truetune.data.sources import mixed_parts, passed_over
 from truetune.data.split import split
 from truetune.data.token_cache import Tokenised
-from truetune.errors import DataError
+from truetune.errors import DataError, counted
 from truetune.train.log import Screen
 
 Encode = Callable[[Sequence[Row]], tuple[TokenSet, list[Reject]]]
@@ -48,7 +48,7 @@ class Source:
     """Rows that were understood, those that were not, and how many there were.
 
     ``alike`` says what among them repeats what; ``letters`` and ``code_rows`` what they are written in; ``dropped``
-    from how many of them each policy took something off (None where nobody counted).
+    from how many of them each policy took something off.
     """
 
     rows: Sequence[Row]
@@ -57,7 +57,7 @@ class Source:
     alike: Likeness = field(default_factory=Likeness)
     letters: Counter[str] = field(default_factory=Counter)
     code_rows: int = 0
-    dropped: Counter[str] | None = None
+    dropped: Counter[str] = field(default_factory=Counter)
 
 
 def sources(config: TrainConfig, form: str, screen: Told) -> tuple[Source, Source]:
@@ -98,7 +98,7 @@ def check_parts(config: TrainConfig, train: int, held_out: int) -> None:
     """Refuse a ``--val-split`` that leaves one part without rows."""
     if not (train and held_out):
         raise DataError(
-            f"--val-split {config.val_split:g}: of {train + held_out} rows, {train} would be trained on and "
+            f"--val-split {config.val_split:g}: of {counted(train + held_out, 'row')}, {train} would be trained on and "
             f"{held_out} held out",
             ("way out", "a larger share, more rows, or --val-data FILE"),
         )
@@ -143,7 +143,7 @@ def finish(
         "read": source.read,
         "used": len(train) + (len(held_out) if held_out and config.val_split else 0),
         "rejected": rejected.counts([*rejects, *held_rejects] if config.val_split else rejects),
-        "dropped": _dropped(config, source),
+        "dropped": {name: source.dropped[name] for name in policies(config).dropping()},
         "tokens": len(train.tokens),
         "trained_tokens": train.trained_count(),
         "truncated": truncation(whole, train),
@@ -158,14 +158,6 @@ def finish(
                               "rejected": rejected.counts(held_rejects),
                               "truncated": truncation(held_whole, held_out)}  # fmt: skip
     return Tokenised(train, held_out, [*rejects, *held_rejects], report)
-
-
-def _dropped(config: TrainConfig, source: Source) -> dict[str, int] | None:
-    """Rows that lost something by each policy that drops; None where they were not counted."""
-    dropping = policies(config).dropping()
-    if dropping and source.dropped is None:
-        return None
-    return {name: (source.dropped or Counter())[name] for name in dropping}
 
 
 def policies(config: TrainConfig) -> Policies:

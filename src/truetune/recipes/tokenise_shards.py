@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from truetune.config.sft import TrainConfig
 from truetune.data import rejects as rejected
@@ -20,7 +19,7 @@ from truetune.data import shards_pool
 from truetune.data.near import LIMIT
 from truetune.data.read_blocks import Block, blocks_of, no_rows
 from truetune.data.schema import Reject, Row, TokenSet
-from truetune.data.shards import SetWriter, taken
+from truetune.data.shards import SetWriter
 from truetune.data.shards_made import Counts, ShardMaker, Task
 from truetune.data.shards_read import Shards, likeness_of
 from truetune.data.sources import find_files
@@ -65,6 +64,7 @@ def tokenise_in(
         _Count(to_train), _rejected(source), source.read, alike,
         letters=sum((Counter(counts.letters) for counts in source.counts), Counter()),
         code_rows=sum(counts.code_rows for counts in source.counts),
+        dropped=sum((Counter(c.dropped) for shards in (source, held) if shards for c in shards.counts), Counter()),
     )  # fmt: skip
     theirs = Source(_Count(to_hold), _rejected(held) if held else [], held.read if held else 0)
     made = finish(config, mine, theirs, (train, bad), (held_set, held_bad), limit)
@@ -158,9 +158,9 @@ def _sets(shards: Shards, work: Path, stem: str, share: float) -> tuple[TokenSet
     writers = [SetWriter(work, name, names) for name in (stem, f"{stem}-held")]
     try:
         for shard in shards:
-            side: Tensor = held_out(shard.keys, share)[shard.places]
-            for writer, keep in zip(writers, (~side, side), strict=True):
-                writer.add(taken(shard.examples, keep))
+            side = held_out(shard.keys, share)[shard.places].repeat_interleave(shard.examples.lengths)
+            for writer, wanted in zip(writers, (~side, side), strict=True):
+                writer.add(shard.examples.kept(wanted))
         return writers[0].close(), writers[1].close()
     finally:
         for writer in writers:
