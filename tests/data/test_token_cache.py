@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from truetune.data import token_cache
 from truetune.data.schema import Origin, Reject, TokenSet
-from truetune.data.token_cache import Tokenised, key_of, through_cache
+from truetune.data.token_cache import key_of, through_cache
+from truetune.data.token_files import Tokenised
 
 KEY = "0" * 64
 
@@ -208,7 +209,8 @@ def test_a_disk_that_is_nearly_full_is_left_alone(folder: Path, monkeypatch: pyt
 HAMMER = """
 import sys
 from truetune.data.schema import Origin, TokenSet
-from truetune.data.token_cache import Tokenised, through_cache
+from truetune.data.token_cache import through_cache
+from truetune.data.token_files import Tokenised
 made = Tokenised(TokenSet.from_lists([[1, 2]] * 500, [[False, True]] * 500, [Origin("a", 1)] * 500), None, [], {})
 hits = 0
 for n in range(200):

@@ -22,7 +22,7 @@ from truetune.data.read_blocks import Block
 from truetune.data.rejects import faults
 from truetune.data.schema import Origin, Reject, Row, TokenSet
 from truetune.data.split import content_key, held_out
-from truetune.data.token_cache import load_whole, save_whole
+from truetune.data.token_files import load_whole, save_whole
 
 Parse = Callable[..., tuple[list[Row], list[Reject]]]  # as ``formats.parse_rows`` with its settings filled in
 Encode = Callable[[Sequence[Row]], tuple[TokenSet, list[Reject]]]

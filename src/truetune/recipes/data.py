@@ -24,7 +24,8 @@ from truetune.data.shards import MappedSet
 from truetune.data.shards_made import Encode, ShardMaker
 from truetune.data.sources import find_files, find_sources, passed_over
 from truetune.data.template import Template, asks_for_date, pin_date, resolve_template, without_thinking
-from truetune.data.token_cache import Tokenised, key_of, through_cache
+from truetune.data.token_cache import key_of, through_cache
+from truetune.data.token_files import Tokenised
 from truetune.errors import ConfigError, DataError, TemplateError
 from truetune.models.tokenizer import ChatTokenizer
 from truetune.recipes.tokenise import Limit, Told, intake, sources, tokenise

@@ -17,7 +17,7 @@ from truetune.data.read import read_rows
 from truetune.data.schema import Reject, Row, TokenSet
 from truetune.data.sources import mixed_parts, passed_over
 from truetune.data.split import split
-from truetune.data.token_cache import Tokenised
+from truetune.data.token_files import Tokenised
 from truetune.errors import DataError, counted
 from truetune.train.log import Screen
 

@@ -24,7 +24,7 @@ from truetune.data.shards_made import Counts, ShardMaker, Task
 from truetune.data.shards_read import Shards, likeness_of
 from truetune.data.sources import find_files
 from truetune.data.split import held_out
-from truetune.data.token_cache import Tokenised
+from truetune.data.token_files import Tokenised
 from truetune.recipes.tokenise import Limit, Source, Told, check_parts, finish, say_passed_over
 
 Maker = Callable[[Path, float], ShardMaker]  # from the folder of the shards and the share that is held out
