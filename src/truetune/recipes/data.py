@@ -5,31 +5,24 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from truetune.config.options import group_of
 from truetune.config.sft import PretrainConfig, SFTConfig, TrainConfig
-from truetune.data.blocks import cut_into_blocks
 from truetune.data.compressed import PACKINGS
-from truetune.data.fim import FillInTheMiddle
-from truetune.data.intake import Intake
-from truetune.data.length import limit_lengths
-from truetune.data.mask import encode_rows
-from truetune.data.schema import Reject, Row, TokenSet
+from truetune.data.schema import Reject, TokenSet
 from truetune.data.shards import MappedSet
-from truetune.data.shards_made import Encode, ShardMaker
 from truetune.data.sources import find_files, find_sources, passed_over
-from truetune.data.template import Template, asks_for_date, pin_date, resolve_template, without_thinking
+from truetune.data.template import Template
 from truetune.data.token_cache import key_of, through_cache
 from truetune.data.token_files import Tokenised
-from truetune.errors import ConfigError, DataError, TemplateError
+from truetune.errors import DataError, TemplateError
 from truetune.models.tokenizer import ChatTokenizer
-from truetune.recipes.tokenise import Limit, Told, intake, sources, tokenise
-from truetune.recipes.tokenise_shards import tokenise_in
+from truetune.recipes.tokenise import Told
+from truetune.recipes.wording import Instructions, Texts, Wording, wording_of
 from truetune.train.log import Screen
 
 # Settings in the group about data that the tokens do not depend on.
@@ -95,55 +88,9 @@ def prepare_sft(
     """
     today = date or datetime.now().date().isoformat()
     # One reading, for tokens, key and result.
-    wording = functools.cache(lambda: _wording(config, tokenizer, today, card or {}))
-
-    retold = FillInTheMiddle.of(tokenizer, config.fim_rate, seed=config.seed)
-    encode = functools.partial(
-        encode_rows, encoder=tokenizer, train_on=config.train_on, system=config.system, retold=retold
-    )
-
-    def say_read(told: Told, templated: bool) -> None:
-        if templated and config.text_blocks:
-            raise ConfigError(
-                "--text-blocks: there are conversations among the rows, and only texts are joined and cut",
-                ("way out", "no --text-blocks: rows share micro-batches without padding anyway"),
-                ("or", "--format text, where the rows have a text as well"),
-            )
-        if config.text_blocks:
-            told.note(f"texts are joined, and cut into blocks of {max_length:,} tokens")
-        if templated and config.fim_rate:
-            told.warn("--fim-rate: the conversations among the rows stay as they are; it is for texts alone")
-        if templated and (day := wording()[1]):
-            told.note(f"the template tells the date: it stays {day}, in this run and in every prompt of its result")
-
-    def limit(told: Told) -> Limit:
-        if config.text_blocks:
-            return _no_limit
-        return functools.partial(
-            limit_lengths, max_length=max_length, policy=config.on_overlong, say=told.warn, decode=tokenizer.decode
-        )
-
-    def finished(made: Tokenised) -> Tokenised:
-        return _in_blocks(made, max_length) if config.text_blocks else made
-
-    def build(told: Told) -> Tokenised:
-        source, held = sources(config, config.format, told)
-        templated = any(row.messages for row in [*source.rows, *held.rows])
-        template = wording()[0] if templated else None
-        say_read(told, templated)
-        encoded = functools.partial(encode, template=template)
-        return replace(finished(tokenise(config, source, held, encoded, limit(told))), templated=templated)
-
-    def build_in(told: Told, work: Path) -> Tokenised:
-        maker = functools.partial(_maker, intake(config), config.format, _encoder(encode, wording))
-        return finished(
-            tokenise_in(config, work, told, maker=maker, limit=limit(told), when_read=functools.partial(say_read, told))
-        )
-
-    made, cached = _made(
-        functools.partial(_key, config, tokenizer, max_length, wording), build,
-        build_in if is_large(config) else None, screen,
-    )  # fmt: skip
+    wording = functools.cache(lambda: wording_of(config, tokenizer, today, card or {}))
+    how = Instructions(config, tokenizer, max_length, wording)
+    made, cached = _made(functools.partial(_key, config, tokenizer, max_length, wording), how, screen)
     template, day = wording() if made.templated else (None, None)
     system = config.system if made.templated else None
     return Prepared(made.train, made.held_out, template, made.rejects, made.report, system, day, cached)
@@ -159,35 +106,9 @@ def prepare_pretrain(
     card: Mapping[str, Any] | None = None,
 ) -> Prepared:
     """Read raw text, tokenise it and cut it into blocks of ``max_length``; there is no template to tell the date."""
-
-    retold = FillInTheMiddle.of(tokenizer, config.fim_rate, seed=config.seed)
-    encode = functools.partial(encode_rows, template=None, encoder=tokenizer, train_on="all", retold=retold)
-
-    def build(told: Told) -> Tokenised:
-        return _in_blocks(tokenise(config, *sources(config, "text", told), encode, _no_limit), max_length)
-
-    def build_in(told: Told, work: Path) -> Tokenised:
-        maker = functools.partial(_maker, intake(config), "text", encode)
-        return _in_blocks(
-            tokenise_in(config, work, told, maker=maker, limit=_no_limit, when_read=lambda templated: None), max_length
-        )
-
-    made, cached = _made(
-        functools.partial(_key, config, tokenizer, max_length), build, build_in if is_large(config) else None, screen
-    )
+    how = Texts(config, tokenizer, max_length)
+    made, cached = _made(functools.partial(_key, config, tokenizer, max_length), how, screen)
     return Prepared(made.train, made.held_out, None, made.rejects, made.report, cached=cached)
-
-
-def _no_limit(examples: TokenSet) -> tuple[TokenSet, list[Reject]]:
-    """Texts of any length: they are cut into blocks."""
-    return examples, []
-
-
-def _in_blocks(whole: Tokenised, max_length: int) -> Tokenised:
-    blocks = cut_into_blocks(whole.train, max_length)
-    held_blocks = cut_into_blocks(whole.held_out, max_length) if whole.held_out else None
-    whole.report.update(trained_tokens=blocks.trained_count(), max_length_seen=int(blocks.lengths.max()))
-    return replace(whole, train=blocks, held_out=held_blocks)
 
 
 def is_large(config: TrainConfig) -> bool:
@@ -202,53 +123,17 @@ def is_large(config: TrainConfig) -> bool:
         return False
 
 
-@dataclass(frozen=True)
-class _Encoder:
-    """Rows into tokens, by a template that may be missing as long as no row needs it."""
-
-    encode: functools.partial[tuple[TokenSet, list[Reject]]]
-    template: Template | None
-    missing: TemplateError | None
-
-    def __call__(self, rows: Sequence[Row]) -> tuple[TokenSet, list[Reject]]:
-        if self.missing and any(row.messages for row in rows):
-            raise self.missing
-        return self.encode(rows, template=self.template)
-
-
-def _encoder(
-    encode: functools.partial[tuple[TokenSet, list[Reject]]], wording: Callable[[], tuple[Template, str | None]]
-) -> _Encoder:
-    try:
-        return _Encoder(encode, wording()[0], None)
-    except TemplateError as error:
-        return _Encoder(encode, None, error)
-
-
-def _maker(parse: Intake, form: str, encode: Encode, folder: Path, share: float) -> ShardMaker:
-    return ShardMaker(folder, parse, encode, form=form, share=share, choices={})
-
-
-def _made(
-    key: Callable[[], str | None],
-    build: Callable[[Told], Tokenised],
-    build_in: Callable[[Told, Path], Tokenised] | None,
-    screen: Screen,
-) -> tuple[Tokenised, bool]:
+def _made(key: Callable[[], str | None], how: Instructions | Texts, screen: Screen) -> tuple[Tokenised, bool]:
     """The data, and whether it is from the cache; either way the user is told the same."""
 
     def told_too(make: Callable[[Told], Tokenised]) -> Tokenised:
         told = Told(screen)
         return replace(make(told), told=tuple(told.lines))
 
-    def told_in(work: Path) -> Tokenised:
-        assert build_in is not None
-        return told_too(lambda told: build_in(told, work))
-
     made, cached = through_cache(
         key,
-        lambda: told_too(build),
-        build_in=told_in if build_in else None,
+        lambda: told_too(how.build),
+        build_in=(lambda work: told_too(lambda told: how.build_in(told, work))) if is_large(how.config) else None,
         waits=lambda: screen.note("another process is making these tokens: waiting for them"),
     )
     if cached:
@@ -262,7 +147,7 @@ def _key(
     config: TrainConfig,
     tokenizer: ChatTokenizer,
     max_length: int,
-    wording: Callable[[], tuple[Template, str | None]] | None = None,
+    wording: Wording | None = None,
 ) -> str | None:
     """The key to all that the tokens depend on; None where a part of it can't be told: building will say why."""
     if tokenizer.identity is None:
@@ -290,15 +175,3 @@ def _key(
         "seed": config.seed if config.fim_rate or any(source.weight < 1 for source in named) else None,
     }
     return key_of(decisions, [file for found in files for file in found])
-
-
-def _wording(
-    config: SFTConfig, tokenizer: ChatTokenizer, today: str, card: Mapping[str, Any]
-) -> tuple[Template, str | None]:
-    """The template, and the day that it tells where it tells one; unless another is named, those of ``card``."""
-    if config.template == "auto" and (trained := card.get("template")):
-        return Template(trained["name"], trained["source"]), card.get("date")
-    template = resolve_template(config.template, tokenizer)
-    if config.thinking == "drop":
-        template = replace(template, source=without_thinking(template.source))
-    return (pin_date(template, today), today) if asks_for_date(template) else (template, None)
