@@ -21,6 +21,7 @@ _BLOCKS = (
     (0xFF5B, "other"), (0xFF66, "japanese"), (0xFFA0, "other"), (0x20000, "chinese"), (0x32000, "other"),
 )  # fmt: skip
 _STARTS = np.array([start for start, _ in _BLOCKS], np.uint32)
+_NO_LETTERS = bytes(point for point in range(128) if not chr(point).isalpha())
 _CHUNK = 1 << 16  # characters of a text that are counted at once
 
 # Lines that prose does not hold: a statement's end or opening, a definition, an import, a tag, a query.
@@ -59,7 +60,8 @@ def holds_code(text: str) -> bool:
 
 def _letters(text: str) -> dict[str, int]:
     if text.isascii():
-        return {"latin": sum(map(str.isalpha, text))} if any(map(str.isalpha, text)) else {}
+        count = len(text.encode().translate(None, _NO_LETTERS))
+        return {"latin": count} if count else {}
     letters = "".join(filter(str.isalpha, text))
     points = np.frombuffer(letters.encode("utf-32-le", "surrogatepass"), np.uint32)
     counted = np.bincount(np.searchsorted(_STARTS, points, side="right") - 1, minlength=len(_BLOCKS))

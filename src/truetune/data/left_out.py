@@ -14,22 +14,25 @@ def left_out(message: Message, text: str) -> str:
 
     A tool's result and the values in a call may stand there as JSON strings.
     """
-    bare = _bare(text)
     contents = [message.content] if message.instruction is None else [message.instruction, message.input or ""]
-    if message.role == "tool" and any(_bare(quoted) in bare for quoted in _quoted(message.content)):
+    if message.role == "tool" and any(_says(text, quoted) for quoted in _quoted(message.content)):
         contents = []
-    if any(_bare(part) not in bare for part in contents):
+    if not all(_says(text, part) for part in contents):
         return "its text"
-    if _bare(message.reasoning) not in bare:
+    if not _says(text, message.reasoning):
         return "its reasoning"
     for call in message.tool_calls:
         function = call["function"]
-        if _bare(function["name"]) not in bare:
+        if not _says(text, function["name"]):
             return f"its call of {function['name']}"
         for leaf in _leaves(function["arguments"]):
-            if not any(_bare(form) in bare for form in (leaf, *(quoted[1:-1] for quoted in _quoted(leaf)))):
+            if not any(_says(text, form) for form in (leaf, *(quoted[1:-1] for quoted in _quoted(leaf)))):
                 return f"an argument of its call of {function['name']}"
     return ""
+
+
+def _says(text: str, part: str) -> bool:
+    return part in text or _bare(part) in _bare(text)  # to the letter, nearly always
 
 
 def _bare(text: str) -> str:
