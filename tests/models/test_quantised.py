@@ -157,6 +157,9 @@ def test_loading_leaves_the_process_as_it_was(base: Path, monkeypatch: pytest.Mo
 def test_the_public_load_packs(base: Path) -> None:
     model = truetune.load(str(base), quant="nf4", double_quant=True, dtype="float32")
     assert_same(model, load(base, quant=KINDS["nf4-double"]))
+    spared = truetune.load(str(base), quant="nf4", quant_skip=["down_proj"], dtype="float32")
+    assert not any("down_proj" in path for path in packed_layers(spared))
+    assert len(packed_layers(model)) > len(packed_layers(spared)) > 0
     with pytest.raises(ConfigError, match=r"--double-quant goes with"):
         truetune.load(str(base), quant="int8", double_quant=True)
     with pytest.raises(ConfigError, match="nf5"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -18,9 +20,10 @@ from families import FAMILIES, distance, logits
 from packed import KINDS, dense_twin, packed_layers
 from truetune.config.quant import QuantRecipe
 from truetune.errors import QuantizationError
+from truetune.models.load import load_model
 from truetune.quant.linear4bit import Linear4bit
 from truetune.quant.linear8bit import Linear8bit
-from truetune.quant.replace import linear_layers, quantisable, replace
+from truetune.quant.replace import dense_stacks, linear_layers, quantisable, replace, stacks_remark
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -125,3 +128,30 @@ def test_a_weight_that_is_not_finite_is_named_by_its_path(kind: str) -> None:
     model.get_submodule("model.layers.1.mlp.up_proj").weight.data[0, 0] = float("inf")
     with pytest.raises(QuantizationError, match=r"^model\.layers\.1\.mlp\.up_proj: "):
         replace(model, KINDS[kind], dtype=torch.float32)
+
+
+def test_experts_that_are_one_parameter_stay_dense_and_are_told(tmp_path: Path) -> None:
+    """No layer holds them, so nothing packs them, and they are most of such a model."""
+    model = Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=2, num_experts=3, moe_intermediate_size=16, shared_expert_intermediate_size=16,
+        )
+    )  # fmt: skip
+    stacks = {f"model.layers.{i}.mlp.experts.{name}" for i in (0, 1) for name in ("gate_up_proj", "down_proj")}
+    before = {path: model.get_parameter(path).clone() for path in stacks}
+    assert dense_stacks(model) == {path: weight.nbytes for path, weight in before.items()}
+    model.save_pretrained(tmp_path)
+    said: list[str] = []
+    loaded = load_model(str(tmp_path), dtype=torch.float32, quant=KINDS["nf4"], warn=said.append)
+    assert packed_layers(loaded)
+    assert all(torch.equal(loaded.get_parameter(path), weight) for path, weight in before.items())
+    assert len(said) == 1
+    assert "4 stacks of matrices (experts.gate_up_proj, experts.down_proj)" in said[0]
+    assert said[0].startswith("0.0 MB")
+    load_model(str(tmp_path), dtype=torch.float32, warn=said.append)
+    assert len(said) == 1
+
+
+def test_convolutions_are_no_stacks() -> None:
+    assert stacks_remark(nn.Sequential(nn.Conv1d(2, 3, 4), nn.Linear(3, 3))) is None

@@ -8,7 +8,7 @@ changes: a page that is needed again comes back from the system's cache, or from
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,9 +20,13 @@ from transformers import PreTrainedModel
 from truetune.checkpoint.header import TensorEntry
 from truetune.checkpoint.mapped import Pages, file_mappings, pages_of
 from truetune.checkpoint.tensors import name_in_checkpoint
+from truetune.errors import ModelError
 from truetune.models.layers import decoder_layers
 from truetune.ops.allocator import trim
 from truetune.quant.base import QuantLinear
+
+# Share of a base that has to lie in files for streaming to be of use; norms in float32 may be copies.
+_STREAMABLE = 0.8
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,12 @@ class Streams:
     def nbytes(self) -> int:
         """Bytes of the tensors that lie in files."""
         return sum(pages.nbytes for pages in (*self.layers, self.outside))
+
+    @property
+    def in_flight(self) -> int:
+        """Bytes of those that are in memory at a time: two layers that follow each other, or all outside of them."""
+        sizes = [pages.nbytes for pages in self.layers]
+        return max([*map(sum, zip(sizes, [*sizes[1:], 0], strict=True)), self.outside.nbytes])
 
     def enter(self, i: int) -> None:
         """A forward comes to layer i: what it used before the first layer, or after the last in another pass, goes.
@@ -87,16 +97,66 @@ def streams_of(model: PreTrainedModel) -> Streams:
 def streamed(model: PreTrainedModel) -> Iterator[Streams]:
     """Stream the base inside the block; gradients and losses are those of a base in memory, to the bit."""
     streams = streams_of(model)
-    hooks: list[Any] = []
-    for i, layer in enumerate(decoder_layers(model)):
-        hooks.append(layer.register_forward_pre_hook(partial(_before, streams, i)))
-        hooks.append(layer.register_forward_hook(partial(_after, streams, i)))
+    hooks = _hooked(model, streams)
     try:
         yield streams
     finally:
         for hook in hooks:
             hook.remove()
         streams.drop()
+
+
+def keep_on_disk(model: PreTrainedModel, *, limit_mb: float, held_mb: float) -> bool:
+    """Freeze a model that was just loaded and stream it from now on, if it would not fit into a limit otherwise.
+
+    Args:
+        limit_mb: what the process may hold, but for what computing takes.
+        held_mb: what it held before the model was loaded.
+    Returns:
+        Whether it is streamed.
+    Raises:
+        ModelError: it does not lie on disk as it is used, or two of its layers are too much as well.
+    """
+    whole = frozen_bytes(model.requires_grad_(False))
+    if held_mb + whole / 1e6 <= limit_mb:
+        return False
+    streams = streams_of(model)
+    if streams.nbytes < _STREAMABLE * whole:
+        raise ModelError(
+            f"max_memory: only {streams.nbytes / 1e6:,.0f} MB of the base's {whole / 1e6:,.0f} could stay on disk",
+            ("because", "what stays there must lie there as it is used, and be read on Linux to a CPU"),
+            ("way out", "truetune quantize MODEL packed --quant nf4, then load that; or the dtype that the files have"),
+        )
+    least = held_mb + (whole - streams.nbytes + streams.in_flight) / 1e6
+    if least > limit_mb:
+        raise ModelError(
+            f"max_memory: {limit_mb:,.0f} MB, and {least:,.0f} are needed though the base stays on disk",
+            ("of that", f"{held_mb:,.0f} MB the process before, the rest two layers at a time, or the largest table"),
+            ("way out", f"max_memory of {-(-least // 10) * 10:.0f} MB, and room for activations on top"),
+        )
+    mapped = {tensor.data_ptr() for pages in (*streams.layers, streams.outside) for tensor in pages.tensors}
+    frozen = [(name, p) for name, p in model.named_parameters() if p.data_ptr() in mapped]
+    model.register_forward_pre_hook(partial(_check_frozen, frozen))
+    _hooked(model, streams)
+    return True
+
+
+def _check_frozen(frozen: Sequence[tuple[str, nn.Parameter]], _: nn.Module, args: Any) -> None:
+    """What an optimizer wrote there would be lost with the page."""
+    for name, parameter in frozen:
+        if parameter.requires_grad:
+            raise ModelError(
+                f"{name}: is to be trained, and this base stays on disk (max_memory)",
+                ("way out", "load it without max_memory, or train an adapter beside it"),
+            )
+
+
+def _hooked(model: PreTrainedModel, streams: Streams) -> list[Any]:
+    hooks: list[Any] = []
+    for i, layer in enumerate(decoder_layers(model)):
+        hooks.append(layer.register_forward_pre_hook(partial(_before, streams, i)))
+        hooks.append(layer.register_forward_hook(partial(_after, streams, i)))
+    return hooks
 
 
 def _before(streams: Streams, i: int, _: nn.Module, args: Any) -> None:

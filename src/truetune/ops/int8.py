@@ -123,11 +123,12 @@ def quantize_activation(x: Tensor, threshold: float = THRESHOLD) -> Activation:
     if columns is None:
         none = torch.empty(0, dtype=torch.int64, device=x.device)
         return Activation(stored, scale, none, x.new_empty(len(x), 0), x.shape[1], blocked)
-    if blocked:
-        native.unblocked(stored)[:, :, columns // native.STEP, columns % native.STEP] = 0
+    if library := dispatch.native(x):
+        values = native.set_apart(library, x.contiguous(), stored, columns, blocked=blocked)
     else:
+        values = x[:, columns]
         stored[:, columns] = 0
-    return Activation(stored, scale, columns, x[:, columns], x.shape[1], blocked)
+    return Activation(stored, scale, columns, values, x.shape[1], blocked)
 
 
 def linear(

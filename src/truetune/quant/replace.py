@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from truetune.config.quant import QuantRecipe
-from truetune.errors import QuantizationError, nearest
+from truetune.errors import QuantizationError, counted, nearest
 from truetune.ops.frozen import is_conv1d
 from truetune.quant.base import QuantLinear
 from truetune.quant.linear4bit import Linear4bit
@@ -53,6 +53,34 @@ def _check_names(skip: Iterable[str], layers: Iterable[str]) -> None:
 def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """``(path, layer)`` of every plain linear map."""
     return ((path, module) for path, module in model.named_modules() if type(module) is nn.Linear or is_conv1d(module))
+
+
+def dense_stacks(model: nn.Module) -> dict[str, int]:
+    """Path of each parameter that is a stack of matrices, as a mixture keeps its experts → its bytes.
+
+    They are no linear layers, so they are not packed.
+    """
+    return {
+        f"{path}.{name}".removeprefix("."): parameter.nbytes
+        for path, module in model.named_modules()
+        if not isinstance(module, (nn.Conv1d, nn.ConvTranspose1d))
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3 and parameter.is_floating_point()
+    }
+
+
+def stacks_remark(model: nn.Module) -> str | None:
+    """A line about what stays dense beside packed layers and could be most of the model; None where there is none."""
+    found = dense_stacks(model)
+    if not found:
+        return None
+    megabytes = sum(found.values()) / 1e6
+    size = f"{megabytes:,.{0 if megabytes >= 10 else 1}f} MB"
+    names = ", ".join(dict.fromkeys(".".join(path.split(".")[-2:]) for path in found))
+    return (
+        f"{size} of the model stay dense: {counted(len(found), 'stack')} of matrices ({names}), which are no linear "
+        "layers"
+    )
 
 
 def replace(model: nn.Module, recipe: QuantRecipe, paths: Iterable[str] | None = None, *, dtype: torch.dtype) -> int:

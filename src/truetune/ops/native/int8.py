@@ -19,6 +19,7 @@ _CPU = torch.device("cpu")
 _P, _I64, _I32, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 _ARGUMENTS = {
     "tt_int8_quantize": (_P, _P, _P, _P, _I64, _I64, _I32, _I32, _F),
+    "tt_int8_apart": (_P, _P, _P, _P, _I64, _I64, _I64, _I32, _I32),
     "tt_int8_dequantize": (_P, _P, _P, _I64, _I64, _I32),
     "tt_int8_rescale": (_P, _P, _P, _P, _P, _P, _I64, _I64, _I64, _I32, _I32),
     "tt_int8_lay": (_P, _P, _P, _I64, _I64, _I32),
@@ -88,6 +89,18 @@ def quantize(
         rows, columns, _CODE[x.dtype], blocked, limit,
     )  # fmt: skip
     return codes, scale, outlying.nonzero()[:, 0] if found and outlying is not None else None
+
+
+def set_apart(library: Library, x: Tensor, codes: Tensor, columns: Tensor, *, blocked: bool) -> Tensor:
+    """[n, r] of x [n, in]: these columns as they are. Their codes, as ``quantize`` gave them, become 0."""
+    rows, inner = x.shape
+    values = torch.empty(rows, len(columns), dtype=x.dtype)
+    assert not len(columns) or 0 <= int(columns[0]) <= int(columns[-1]) < inner
+    _functions(library).tt_int8_apart(
+        _address(x, x.dtype, rows, inner), codes.data_ptr(), values.data_ptr(),
+        _address(columns, torch.int64, len(columns)), rows, inner, len(columns), _CODE[x.dtype], blocked,
+    )  # fmt: skip
+    return values
 
 
 def _codes(rows: int, columns: int) -> Tensor:

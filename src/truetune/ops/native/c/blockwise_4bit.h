@@ -118,10 +118,23 @@ TT_INLINE void bf16_table(const float *values, float scale, uint16_t table[16]) 
 }
 
 #if TT_WIDTH == 16
-TT_INLINE int64_t decode_bfloat16(const uint8_t *codes, const float *values, float scale, uint16_t *out, int64_t n) {
+/* The table twice, side by side: of an index of five bits, the upper one does not count. */
+TT_INLINE __m512i bf16_tables(const float *values, float scale) {
+#if defined(__AVX512BF16__)
+    if (scale > 1e-30f && scale < 1e38f) { /* products are 0 or normal, and finite */
+        __m512 product = _mm512_mul_ps(_mm512_loadu_ps(values), _mm512_set1_ps(scale));
+        return (__m512i)_mm512_cvtne2ps_pbh(product, product);
+    }
+#endif
     uint16_t once[16];
     bf16_table(values, scale, once);
-    __m512i table = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)once)); /* twice: index bit 4 is free */
+    return _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)once));
+}
+#endif
+
+#if TT_WIDTH == 16
+TT_INLINE int64_t decode_bfloat16(const uint8_t *codes, const float *values, float scale, uint16_t *out, int64_t n) {
+    __m512i table = bf16_tables(values, scale);
     int64_t i = 0;
     for (; i + 32 <= n; i += 32) {
         __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(codes + i / 2)));
@@ -163,6 +176,40 @@ TT_INLINE int64_t decode_bfloat16(const uint8_t *codes, const float *values, flo
 }
 #endif
 
+#if TT_WIDTH == 16
+/* Whole blocks of a multiple of 64 values, where one instruction (VBMI) finds the indices: to each byte it gives any
+ * eight bits that follow each other in eight bytes of codes. Those above an index do not count. */
+#define TT_AHEAD 16384 /* bytes: a line of the result is asked for before it is written */
+#define TT_VBMI __attribute__((target("avx512vbmi"))) static inline
+
+TT_VBMI void decode_whole_float32(const uint8_t *codes, const float *values, float scale, float *out, int64_t n) {
+    __m512 table = _mm512_mul_ps(_mm512_loadu_ps(values), _mm512_set1_ps(scale));
+    const __m512i from = _mm512_set_epi64(56LL << 32 | 60, 48LL << 32 | 52, 40LL << 32 | 44, 32LL << 32 | 36,
+                                          24LL << 32 | 28, 16LL << 32 | 20, 8LL << 32 | 12, 0LL << 32 | 4);
+    for (int64_t i = 0; i < n; i += 64)
+        for (int64_t k = i; k < i + 64; k += 16) {
+            __m512i all = _mm512_broadcastq_epi64(_mm_loadl_epi64((const __m128i *)(codes + k / 2)));
+            __builtin_prefetch((const char *)(out + k) + TT_AHEAD, 1, 2);
+            _mm512_storeu_ps(out + k, _mm512_permutexvar_ps(_mm512_multishift_epi64_epi8(from, all), table));
+        }
+}
+
+TT_VBMI void decode_whole_bfloat16(const uint8_t *codes, const float *values, float scale, uint16_t *out, int64_t n) {
+    __m512i table = bf16_tables(values, scale);
+    const __m512i from = _mm512_broadcast_i64x4(
+        _mm256_set_epi64x(0x38003c00300034, 0x28002c00200024, 0x18001c00100014, 0x08000c00000004));
+    for (int64_t i = 0; i < n; i += 64)
+        for (int64_t k = i; k < i + 64; k += 32) {
+            const __m128i *at = (const __m128i *)(codes + k / 2);
+            __m512i all = _mm512_broadcastq_epi64(_mm_loadl_epi64(at));
+            all = _mm512_mask_broadcastq_epi64(all, 0xf0, _mm_loadl_epi64((const __m128i *)(codes + k / 2 + 8)));
+            __m512i index = _mm512_multishift_epi64_epi8(from, all);
+            __builtin_prefetch((const char *)(out + k) + TT_AHEAD, 1, 2);
+            _mm512_storeu_si512(out + k, _mm512_permutexvar_epi16(index, table));
+        }
+}
+#endif
+
 /* Value i of all, into element `to` of the result. */
 static void decode_one(const tt_dequantize_4bit_args *c, float scale, int64_t i, int64_t to) {
     uint8_t byte = c->codes[i / 2];
@@ -188,6 +235,20 @@ static void dequantize_4bit_block(const tt_dequantize_4bit_args *c, int64_t bloc
     for (; i < stop; i++) decode_one(c, scale, i, i - c->start);
 }
 
+#if TT_WIDTH == 16
+/* Gives how many of these blocks were done: all that are wanted whole. The first one starts at c->start or later. */
+TT_VBMI int64_t decode_whole(const tt_dequantize_4bit_args *c, int64_t first, int64_t blocks, const float *scales) {
+    int64_t each = c->blocksize, whole = at_most(blocks, c->stop / each - first), to = first * each - c->start;
+    const uint8_t *codes = c->codes + first * each / 2;
+    for (int64_t i = 0; i < whole; i++, codes += each / 2, to += each)
+        if (c->dtype == TT_FLOAT32)
+            decode_whole_float32(codes, c->values, scales[i], (float *)c->out + to, each);
+        else
+            decode_whole_bfloat16(codes, c->values, scales[i], (uint16_t *)c->out + to, each);
+    return whole > 0 ? whole : 0;
+}
+#endif
+
 static void dequantize_4bit_task(void *context, int64_t task) {
     const tt_dequantize_4bit_args *c = (const tt_dequantize_4bit_args *)context;
     int64_t each = blocks_per_task(c->blocksize), first = c->start / c->blocksize + task * each;
@@ -200,7 +261,12 @@ static void dequantize_4bit_task(void *context, int64_t task) {
         add_to_all(decoded, blocks, *c->offset);
         scales = decoded;
     }
-    for (int64_t i = 0; i < blocks; i++) dequantize_4bit_block(c, first + i, scales[i]);
+    int64_t i = 0;
+#if TT_WIDTH == 16
+    if (first * c->blocksize >= c->start && c->blocksize % 64 == 0 && __builtin_cpu_supports("avx512vbmi"))
+        i = decode_whole(c, first, blocks, scales);
+#endif
+    for (; i < blocks; i++) dequantize_4bit_block(c, first + i, scales[i]);
 }
 
 TT_API void tt_dequantize_4bit(const uint8_t *codes, const float *absmax, const uint8_t *nested_codes,

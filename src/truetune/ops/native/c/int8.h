@@ -144,6 +144,35 @@ TT_API int32_t tt_int8_quantize(const void *x, int8_t *codes, float *scale, uint
     return found;
 }
 
+typedef struct {
+    const char *x;
+    int8_t *codes;
+    char *values; /* [rows][count] */
+    const int64_t *columns;
+    int64_t rows, n, count;
+    int32_t dtype, blocked;
+} tt_int8_apart_args;
+
+static void int8_apart_task(void *context, int64_t block) {
+    const tt_int8_apart_args c = *(const tt_int8_apart_args *)context;
+    int64_t first = block * INT8_ROWS, rows = smaller(INT8_ROWS, c.rows - first), size = element_size(c.dtype);
+    int8_t *codes = c.codes + first * (c.blocked ? round_up(c.n, INT8_COLUMNS) : c.n);
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t k = 0; k < c.count; k++) {
+            int64_t column = c.columns[k], inside = column % INT8_COLUMNS;
+            const char *from = c.x + ((first + r) * c.n + column) * size;
+            memcpy(c.values + ((first + r) * c.count + k) * size, from, (size_t)size);
+            codes[c.blocked ? (column - inside) * INT8_ROWS + r * INT8_COLUMNS + inside : r * c.n + column] = 0;
+        }
+}
+
+/* Some columns of x as they are, beside codes of x in which they become 0. */
+TT_API void tt_int8_apart(const void *x, int8_t *codes, void *values, const int64_t *columns, int64_t rows, int64_t n,
+                          int64_t count, int32_t dtype, int32_t blocked) {
+    tt_int8_apart_args c = {(const char *)x, codes, (char *)values, columns, rows, n, count, dtype, blocked};
+    tt_parallel((rows + INT8_ROWS - 1) / INT8_ROWS, int8_apart_task, &c);
+}
+
 #include "int8_rescale.h"
 #include "int8_amx.h"
 

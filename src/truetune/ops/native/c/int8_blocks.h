@@ -36,21 +36,26 @@ static inline __m512 int8_rest(__m512 x, __m256i first) {
     return _mm512_maskz_sub_ps(finite, x, amx_wide(first));
 }
 
-/* 16 values of a row from column d on, times the factors of their columns. */
-TT_INLINE __m512 int8_load(const tt_int8_lay_args *c, int64_t row, int64_t d, int dtype) {
-    __mmask16 m = row < c->rows ? (__mmask16)first64(c->depth - d) : 0;
-    const void *at = (const char *)c->values + (row * c->depth + d) * element_size(dtype);
+/* 16 values of a row from column d on, those of `m`, times the factors of their columns. */
+TT_INLINE __m512 int8_load(const tt_int8_lay_args c, int64_t row, int64_t d, __mmask16 m, __m512 factors, int dtype) {
+    const void *at = (const char *)c.values + (row * c.depth + d) * element_size(dtype);
     __m512 x = dtype == TT_FLOAT32 ? _mm512_maskz_loadu_ps(m, at) : amx_wide(_mm256_maskz_loadu_epi16(m, at));
-    if (!c->scale) return x;
-    return _mm512_mul_ps(x, _mm512_mul_ps(_mm512_maskz_loadu_ps(m, c->scale + d), _mm512_set1_ps(1.0f / 127.0f)));
+    return c.scale ? _mm512_mul_ps(x, factors) : x;
 }
 
-TT_INLINE void int8_lay_block(const tt_int8_lay_args *c, int64_t block, int dtype) {
-    int64_t parts = int8_parts(dtype), size = int8_count(c->depth, 32) * INT8_STEP;
-    char *to = c->blocks + block * parts * size;
-    for (int64_t d = 0; d < c->depth; d += 32)
-        for (int64_t i = block * INT8_SIDE; i < (block + 1) * INT8_SIDE; i++, to += 64) {
-            __m512 low = int8_load(c, i, d, dtype), high = int8_load(c, i, d + 16, dtype);
+TT_INLINE void int8_lay_block(const tt_int8_lay_args c, int64_t block, int dtype) {
+    int64_t parts = int8_parts(dtype), size = int8_count(c.depth, 32) * INT8_STEP, first = block * INT8_SIDE;
+    char *to = c.blocks + block * parts * size;
+    for (int64_t d = 0; d < c.depth; d += 32) {
+        __mmask16 m[2] = {(__mmask16)first64(c.depth - d), (__mmask16)first64(c.depth - d - 16)};
+        __m512 factors[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+        for (int h = 0; h < 2 && c.scale; h++)
+            factors[h] =
+                _mm512_mul_ps(_mm512_maskz_loadu_ps(m[h], c.scale + d + h * 16), _mm512_set1_ps(1.0f / 127.0f));
+        for (int64_t i = 0; i < INT8_SIDE; i++, to += 64) {
+            int there = first + i < c.rows;
+            __m512 low = int8_load(c, first + i, d, there ? m[0] : 0, factors[0], dtype);
+            __m512 high = int8_load(c, first + i, d + 16, there ? m[1] : 0, factors[1], dtype);
             for (int64_t p = 0; p < parts; p++) {
                 __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high, low);
                 _mm512_storeu_si512(to + p * size, both);
@@ -59,14 +64,15 @@ TT_INLINE void int8_lay_block(const tt_int8_lay_args *c, int64_t block, int dtyp
                 high = int8_rest(high, _mm512_extracti64x4_epi64(both, 1));
             }
         }
+    }
 }
 
 static void int8_lay_task(void *context, int64_t block) {
     const tt_int8_lay_args *c = (const tt_int8_lay_args *)context;
     if (c->dtype == TT_FLOAT32)
-        int8_lay_block(c, block, TT_FLOAT32);
+        int8_lay_block(*c, block, TT_FLOAT32);
     else
-        int8_lay_block(c, block, TT_BFLOAT16);
+        int8_lay_block(*c, block, TT_BFLOAT16);
 }
 
 /* A tile of a panel whose columns are 16 rows of codes: turned by groups of four. */

@@ -76,34 +76,30 @@ typedef struct {
     int64_t row, rows, column, columns;
 } int8_area;
 
-/* 16 results of row i from column j on: times the row's factor, with what was chosen, times the columns' factors, with
- * the bias. */
-TT_INLINE __m512 int8_result(const int8_product *c, int8_area u, int64_t i, int64_t j, const char *results,
-                             const char *chosen, const float *factors, int forward) {
-    int64_t at = j / INT8_SIDE * INT8_RESULTS + (i / 16 * 2 + j / 16 % 2) * INT8_TILE + i % 16 * 64;
-    if (!forward) return _mm512_loadu_ps(results + at);
-    __m512 y = _mm512_cvtepi32_ps(_mm512_loadu_si512(results + at));
-    y = _mm512_mul_ps(y, _mm512_set1_ps(c->left_scale[u.row + i] * (1.0f / 127.0f)));
-    if (chosen) y = _mm512_add_ps(y, _mm512_loadu_ps(chosen + at));
-    y = _mm512_mul_ps(y, _mm512_loadu_ps(factors + j));
-    __mmask16 m = (__mmask16)first64(u.columns - j);
-    return c->bias ? _mm512_add_ps(y, _mm512_maskz_loadu_ps(m, c->bias + u.column + j)) : y;
+/* 16 sums of a row: times the row's factor, with what was chosen, times the columns' factors, with the bias. */
+TT_INLINE __m512 int8_result(const char *sums, const char *chosen, __m512 row, const float *factors, const float *bias,
+                             int64_t count, int forward) {
+    if (!forward) return _mm512_loadu_ps(sums);
+    __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(sums)), row);
+    if (chosen) y = _mm512_add_ps(y, _mm512_loadu_ps(chosen));
+    y = _mm512_mul_ps(y, _mm512_loadu_ps(factors));
+    return bias ? _mm512_add_ps(y, _mm512_maskz_loadu_ps((__mmask16)first64(count), bias)) : y;
 }
 
 /* Stores 32 results side by side, or as many as there are. */
-TT_INLINE void int8_store(const int8_product *c, int64_t at, __m512 y[2], int64_t count, int dtype) {
+TT_INLINE void int8_store(void *to, int64_t at, __m512 y[2], int64_t count, int add, int dtype) {
     if (dtype == TT_FLOAT32) {
         for (int h = 0; h < 2; h++) {
-            float *out = (float *)c->out + at + h * 16;
+            float *out = (float *)to + at + h * 16;
             __mmask16 m = (__mmask16)first64(count - h * 16);
-            if (c->add) y[h] = _mm512_add_ps(y[h], _mm512_maskz_loadu_ps(m, out));
+            if (add) y[h] = _mm512_add_ps(y[h], _mm512_maskz_loadu_ps(m, out));
             _mm512_mask_storeu_ps(out, m, y[h]);
         }
         return;
     }
-    uint16_t *out = (uint16_t *)c->out + at;
+    uint16_t *out = (uint16_t *)to + at;
     __mmask32 m = (__mmask32)first64(count);
-    if (c->add) {
+    if (add) {
         __m512i there = _mm512_maskz_loadu_epi16(m, out);
         y[0] = _mm512_add_ps(y[0], amx_wide(_mm512_castsi512_si256(there)));
         y[1] = _mm512_add_ps(y[1], amx_wide(_mm512_extracti64x4_epi64(there, 1)));
@@ -115,24 +111,31 @@ TT_INLINE void int8_store(const int8_product *c, int64_t at, __m512 y[2], int64_
         _mm512_mask_storeu_epi16(out, m, both);
 }
 
-/* One row of blocks, side by side: row by row, so that what is stored lies together. */
-TT_INLINE void int8_finish_as(const int8_product *c, int8_area u, const char *results, const char *chosen,
+/* One row of blocks, side by side: row by row, so that what is stored lies together. `c` is a copy, or each store could
+ * have changed it. */
+TT_INLINE void int8_finish_as(const int8_product c, int8_area u, const char *results, const char *chosen,
                               const float *factors, int dtype, int forward) {
-    for (int64_t i = 0; i < u.rows; i++)
-        for (int64_t j = 0; j < u.columns; j += 32) {
-            __m512 y[2] = {int8_result(c, u, i, j, results, chosen, factors, forward),
-                           int8_result(c, u, i, j + 16, results, chosen, factors, forward)};
-            int8_store(c, (u.row + i) * c->columns + u.column + j, y, u.columns - j, dtype);
+    for (int64_t i = 0; i < u.rows; i++) {
+        int64_t at = (i >> 4) * 2 * INT8_TILE + (i & 15) * 64, to = (u.row + i) * c.columns + u.column;
+        __m512 row = _mm512_set1_ps(forward ? c.left_scale[u.row + i] * (1.0f / 127.0f) : 0.0f);
+        for (int64_t j = 0; j < u.columns; j += 32, at += INT8_RESULTS) {
+            __m512 y[2];
+            for (int h = 0; h < 2; h++)
+                y[h] = int8_result(results + at + h * INT8_TILE, chosen ? chosen + at + h * INT8_TILE : 0, row,
+                                   factors + j + h * 16, c.bias ? c.bias + u.column + j + h * 16 : 0,
+                                   u.columns - j - h * 16, forward);
+            int8_store(c.out, to + j, y, u.columns - j, c.add, dtype);
         }
+    }
 }
 
 static void int8_finish(const int8_product *c, int8_area u, const char *results, const char *chosen,
                         const float *factors) {
     switch ((c->left_scale != 0) * 2 + c->dtype) {
-    case 0: int8_finish_as(c, u, results, chosen, factors, TT_FLOAT32, 0); break;
-    case 1: int8_finish_as(c, u, results, chosen, factors, TT_BFLOAT16, 0); break;
-    case 2: int8_finish_as(c, u, results, chosen, factors, TT_FLOAT32, 1); break;
-    default: int8_finish_as(c, u, results, chosen, factors, TT_BFLOAT16, 1);
+    case 0: int8_finish_as(*c, u, results, chosen, factors, TT_FLOAT32, 0); break;
+    case 1: int8_finish_as(*c, u, results, chosen, factors, TT_BFLOAT16, 0); break;
+    case 2: int8_finish_as(*c, u, results, chosen, factors, TT_FLOAT32, 1); break;
+    default: int8_finish_as(*c, u, results, chosen, factors, TT_BFLOAT16, 1);
     }
 }
 

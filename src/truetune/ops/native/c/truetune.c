@@ -19,6 +19,7 @@ TT_API void tt_set_threads(void *gomp_parallel, int32_t threads) {
 #include "cross_entropy.h"
 #include "decode.h"
 #include "dropout.h"
+#include "fold.h"
 #include "gated.h"
 #include "int8.h"
 #include "norm.h"
