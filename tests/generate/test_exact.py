@@ -1,14 +1,17 @@
 """Greedy answers are those of ``transformers.generate``, token for token, whatever is computed beside them."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from families import FAMILIES
 from serving import PROMPTS, answers, engine, generated, saved, with_adapter
+from truetune.adapters import files
 from truetune.adapters.inject import attachment
-from truetune.config.adapter import AdapterConfig
+from truetune.config.adapter import AdapterConfig, Trainable
 from truetune.config.lora import AdaLoRA, DoRA, LoRA, VeRA
 from truetune.config.other_methods import IA3, BitFit, Bottleneck, LlamaAdapter, Prefix, Prompt
 from truetune.generate.request import Request
@@ -165,3 +168,24 @@ def test_a_packed_base_says_what_it_says_alone(kind: str, tmp_path: Path) -> Non
     server.adapters.register("own", folder)
     found = answers(server, [Request(p, adapter=a, max_new_tokens=6) for a in (None, "own") for p in PROMPTS[:3]])
     assert [list(delta.ids) for delta in found] == expected + tuned
+
+
+@pytest.mark.parametrize(("part", "other"), [("head", "embed_tokens"), ("embedding", "lm_head")])
+def test_an_adapter_that_takes_table_and_head_apart_is_served(part: Trainable, other: str, tmp_path: Path) -> None:
+    """As an adapter made elsewhere may: the base's stay one matrix, and the answers are those of the adapted model."""
+    model, alone = FAMILIES["llama-tied"].make(), FAMILIES["llama-tied"].make()
+    folder = saved(model, LoRA(rank=2, alpha=4, targets=("q_proj",), trainable=(part,)), tmp_path / "adapter")
+    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    (folder / "adapter_config.json").write_text(json.dumps(settings | {"ensure_weight_tying": False}), encoding="utf-8")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({k: v for k, v in tensors.items() if other not in k}, folder / "adapter_model.safetensors")
+    base = [generated(model, prompt, COUNT) for prompt in PROMPTS]
+    files.load(alone, files.read(folder))
+    tuned = [generated(alone.eval(), prompt, COUNT) for prompt in PROMPTS]
+    assert base != tuned
+    server = engine(model)
+    server.adapters.register("own", folder)
+    requests = [Request(p, adapter=name, max_new_tokens=COUNT) for p in PROMPTS for name in (None, "own")]
+    found = [list(delta.ids) for delta in answers(server, requests)]
+    assert (found[::2], found[1::2]) == (base, tuned)
+    assert model.lm_head.weight is model.model.embed_tokens.weight

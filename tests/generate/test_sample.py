@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
+from truetune.errors import ModelError
 from truetune.generate.request import Sampling
 from truetune.generate.sample import Draws, draw, uniform
 
@@ -62,5 +63,5 @@ def test_presence_and_frequency_count_the_answer_alone() -> None:
 
 def test_logits_that_are_no_numbers_are_an_error() -> None:
     for sampling in (Sampling(), Sampling(temperature=1.0)):
-        with pytest.raises(ValueError, match="not finite"):
+        with pytest.raises(ModelError, match="not finite"):
             Draws(sampling, []).choose(torch.full((5,), float("nan")))

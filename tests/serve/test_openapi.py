@@ -18,7 +18,7 @@ from schemathesis.specs.openapi.checks import (
 from serve.live import Live
 
 HI = [{"role": "user", "content": "hi"}]
-UNSUPPORTED = {"response_format", "tool_choice", "logit_bias", "suffix", "best_of", "dimensions", "stream_options"}
+UNSUPPORTED = {"tool_choice", "logit_bias", "suffix", "best_of", "dimensions", "stream_options"}
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 ROUTES = [
     ("POST", "/v1/chat/completions"),

@@ -127,7 +127,7 @@ def test_ctrl_c_ends_an_idle_server(tiny_model: Path) -> None:
         running.send_signal(signal.SIGINT)
         _, err = running.communicate(timeout=20)
         assert running.returncode == 130
-        assert "1 requests answered" in err
+        assert "1 request answered" in err
         assert "Traceback" not in err
 
 

@@ -22,6 +22,10 @@ from truetune.serve.refusal import Refusal
 HI = [{"role": "user", "content": "hi"}]
 CHAT, TEXT, VECTOR = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 SMALL: dict[str, Any] = {"model": "base", "messages": HI, "max_tokens": 3}
+TOOL = {"type": "function", "function": {"name": "f"}}
+DEEP: dict[str, Any] = {}
+for _ in range(80):
+    DEEP = {"type": "object", "properties": {"a": DEEP}}
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +38,10 @@ def _lives_on(live: Live) -> Iterator[None]:
 
 def chat(**fields: Any) -> dict[str, Any]:
     return {**SMALL, **fields}
+
+
+def schema(value: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "own", "schema": value}}
 
 
 def without(name: str) -> dict[str, Any]:
@@ -73,11 +81,23 @@ def without(name: str) -> dict[str, Any]:
         (CHAT, chat(logit_bias={"5": 1}), 400, None, "logit_bias is not supported"),
         (CHAT, chat(top_logprobs=1), 400, None, "goes with logprobs"),
         (CHAT, chat(stream_options={"include_usage": True}), 400, None, "goes with stream"),
-        (CHAT, chat(response_format={"type": "json_object"}), 400, None, "constrained decoding"),
-        (CHAT, chat(tool_choice="required"), 400, None, "can't be forced"),
+        (CHAT, chat(response_format={"type": "xml"}), 400, "response_format.type", "'json_object'"),
+        (CHAT, chat(response_format={"type": "json_schema"}), 400, "response_format", "go together"),
+        (CHAT, chat(response_format=schema({"not": {}})), 400, "response_format", "Unimplemented keys"),
+        (CHAT, chat(response_format=schema({"$ref": "#"})), 400, "response_format", "no text begins"),
+        (CHAT, chat(response_format=schema({"$ref": "/etc/passwd"})), 400, "response_format", "/etc/passwd"),
+        (CHAT, chat(response_format=schema(DEEP)), 400, "response_format", "recursion limit"),
+        (CHAT, chat(tool_choice="required"), 400, "tool_choice", "there are no tools"),
+        (CHAT, chat(tool_choice="always"), 400, "tool_choice", "'none'"),
+        (CHAT, chat(tool_choice="required", response_format={"type": "json_object"}), 400, None, "leave one of them"),
+        (CHAT, chat(tools=[TOOL], parallel_tool_calls=False), 400, None, "where tool_choice forces one"),
         (CHAT, chat(tools=[{"type": "function"}]), 400, "tools", "has no name"),
         (CHAT, chat(tools=[{"type": "function", "function": {"name": "f"}}]), 400, "messages", "no place for tools"),
         (CHAT, chat(messages=[{"role": "user", "content": "x" * 300}]), 400, None, "the model's context is 256"),
+        (CHAT, chat(messages=[{"role": "user", "content": "x" * 90_000}]), 400, "messages", "90,000 characters"),
+        (TEXT, {"model": "base", "prompt": ["a", "x" * 90_000]}, 400, "prompt", "90,000 characters"),
+        (VECTOR, {"model": "base", "input": "x" * 90_000}, 400, "input", "90,000 characters"),
+        (TEXT, {"model": "base", "prompt": "a", "repetition_penalty": 1e-300}, 400, "repetition_penalty", "0.01"),
         (CHAT, chat(model="../red"), 404, "model", "there is no model '../red'"),
         (CHAT, chat(model="/etc/passwd"), 404, "model", "there is no model"),
         (CHAT, chat(model="red/../blue"), 404, "model", "there is no model"),
@@ -267,15 +287,28 @@ def test_adapters_that_do_not_belong_are_refused_at_the_start(
 ) -> None:  # fmt: skip
     other = make_tiny(tmp_path / "other", hidden_size=16)
     make_adapter(other, tmp_path / "all" / "wrong", LoRA(rank=2, alpha=8), seed=1)
+    shutil.copytree(tmp_path / "all" / "wrong", tmp_path / "all" / "cut")
+    (tmp_path / "all" / "cut" / "adapter_config.json").write_text("{", encoding="utf-8")
     with (
         pytest.raises(AdapterError, match="does not fit"),
         start(model=str(tiny_model), adapters=(f"wrong={tmp_path / 'all' / 'wrong'}",)),
     ):
         pass
     with start(model=str(tiny_model), served_name="base", adapters=(str(tmp_path / "all"),)) as live:
-        assert "wrong is not served" in capsys.readouterr().err
-        assert live.refused(CHAT, chat(model="wrong"))[0] == 503
+        assert "cut is not served" in capsys.readouterr().err  # the other's weights are looked at when it is asked for
+        for name in ("wrong", "cut"):
+            assert live.refused(CHAT, chat(model=name))[0] == 503
         assert live.ask(CHAT, SMALL)[0] == 200
+
+
+def test_adapters_in_a_folder_are_loaded_when_they_are_asked_for(
+    live: Live, start: Callable[..., Any], tiny_model: Path, adapters_folder: Path
+) -> None:
+    with start(model=str(tiny_model), adapters=(str(adapters_folder), f"own={adapters_folder / 'red'}")) as other:
+        shelf = other.service.engine.adapters
+        assert shelf.loaded() == ["own"]
+        assert other.ask(CHAT, chat(model="blue"))[0] == 200
+        assert shelf.loaded() == ["own", "blue"]
 
 
 @pytest.mark.parametrize(

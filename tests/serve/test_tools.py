@@ -78,16 +78,16 @@ def asked(**fields: Any) -> ChatRequest:
 
 def test_tools_go_through_the_template(live: Live) -> None:
     speaker = voice(live, HERMES)
-    job = of_chat(asked(), speaker, longest=5)
+    job = of_chat(asked(), speaker, live.service.allowed)
     text = live.service.catalogue.base.speaker.tokenizer.decode(job.prompts[0])
     assert text.startswith('[{"type": "function", "function": {"name": "add"')
     assert text.endswith("<user>1+1?")
     assert job.tools is not None
-    none = of_chat(asked(tool_choice="none"), speaker, longest=5)
+    none = of_chat(asked(tool_choice="none"), speaker, live.service.allowed)
     assert live.service.catalogue.base.speaker.tokenizer.decode(none.prompts[0]) == "<user>1+1?"
     assert none.tools is None
     with pytest.raises(Refusal, match="no place for tools"):
-        of_chat(asked(), voice(live, "{{ messages[0].content }}"), longest=5)
+        of_chat(asked(), voice(live, "{{ messages[0].content }}"), live.service.allowed)
 
 
 def test_earlier_calls_reach_the_template_as_objects_or_as_text(live: Live) -> None:
@@ -100,7 +100,7 @@ def test_earlier_calls_reach_the_template_as_objects_or_as_text(live: Live) -> N
     objects = "{% for m in messages %}{{ m.tool_calls[0].function.arguments.a if m.tool_calls }}{% endfor %}"
     texts = "{% for m in messages %}{{ (m.tool_calls[0].function.arguments + '!') if m.tool_calls }}{% endfor %}"
     for source, expected in ((objects, "1"), (texts, '{"a": 1}!')):
-        job = of_chat(asked(messages=turns, tools=None), voice(live, source), longest=5)
+        job = of_chat(asked(messages=turns, tools=None), voice(live, source), live.service.allowed)
         assert live.service.catalogue.base.speaker.tokenizer.decode(job.prompts[0]) == expected
 
 

@@ -89,6 +89,9 @@ class GenerateConfig(AnswerGroup):
         group="dataset",
         min_length=1,
     )
+    json_schema: str | None = option(
+        None, help="a file with a JSON schema: every answer is JSON that keeps to it", group="dataset", min_length=1
+    )
     rows: int = option(8, help="answers that are computed together", group="run", gt=0)
 
     @model_validator(mode="after")

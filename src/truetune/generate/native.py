@@ -16,7 +16,7 @@ from truetune.ops import dispatch
 from truetune.ops.frozen import FrozenLinear
 from truetune.ops.native.decode import MAPS, MOST_RANK, LayerParts, Layers, NormPart, RowTerm, skinny
 from truetune.ops.native.library import Library
-from truetune.ops.projection import Normed
+from truetune.ops.source import Normed
 
 if TYPE_CHECKING:
     from truetune.generate.direct import DirectRunner, Layer

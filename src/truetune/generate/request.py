@@ -5,11 +5,15 @@ from __future__ import annotations
 import queue
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from typing_extensions import Self
 
 from truetune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from truetune.generate.grammar import Grammar
+    from truetune.generate.loaded import Stamp
 
 Finish = Literal["stop", "length", "cancelled", "error"]
 
@@ -73,6 +77,8 @@ class Request:
         stop: texts that end the answer; none of them is part of it.
         stop_ids: tokens that end it.
         logprobs: natural logarithms of the chosen tokens' probabilities are wanted, and those of so many likeliest.
+        grammar: the answer is a text of it, unless it is cut; None for any text.
+        stamp: of the adapter that the prompt was worded for; None for whichever is there.
     """
 
     prompt_ids: Sequence[int]
@@ -82,11 +88,13 @@ class Request:
     stop: Sequence[str] = ()
     stop_ids: frozenset[int] = frozenset()
     logprobs: int | None = None
+    grammar: Grammar | None = None
+    stamp: Stamp | None = None
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A chosen token, and how likely it was by the model alone: before temperature, penalties and cuts.
+    """A chosen token, and how likely it was by the model alone: before temperature, penalties, cuts and grammars.
 
     Attributes:
         top: the likeliest tokens, ``(id, logprob)`` each, best first.
@@ -105,8 +113,8 @@ class Delta:
         text: what follows the text so far. It may be empty: a token can be part of a character, or of a stop text.
         ids: the new tokens, the one that ended the answer included.
         logprobs: one for each of ``ids`` where they were asked for.
-        finish: set in the last piece, and only there. ``stop``: a stop text or token; ``length``: ``max_new_tokens``,
-            or the end of the model's context.
+        finish: set in the last piece, and only there. ``stop``: a stop text or token, or a grammar's end;
+            ``length``: ``max_new_tokens``, or the end of the model's context.
         error: what went wrong, where ``finish`` is ``error``.
     """
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from truetune.generate.grammar import Guide
 from truetune.generate.loaded import LoadedAdapter
 from truetune.generate.pool import page_keys
 from truetune.generate.request import Handle, Request
@@ -28,6 +29,7 @@ class Row:
     text: TextStream
     draws: Draws
     room: int  # new tokens that it may have at most
+    guide: Guide | None = None
     ids: list[int] = field(default_factory=list)  # virtual ones, prompt, answer
     adapter: LoadedAdapter | None = None
     pages: list[int] = field(default_factory=list)

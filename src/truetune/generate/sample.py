@@ -8,8 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from truetune.errors import ModelError
 from truetune.generate.request import Sampling, TokenLogprob
 from truetune.ops.rng import derive_seed
+
+NOT_FINITE = "the model's logits are not finite"
 
 
 class Draws:
@@ -25,19 +28,23 @@ class Draws:
         self._answer: Counter[int] = Counter()
         self.place = 0
 
-    def choose(self, logits: Tensor) -> int:
+    def choose(self, logits: Tensor, allowed: Tensor | None = None) -> int:
         """The next token, by logits [vocab] in any floating dtype; a NaN anywhere is an error.
 
+        Args:
+            allowed: [vocab] bool, the tokens that it may be; None for all.
         Raises:
-            ValueError: the logits hold no finite number to choose by.
+            ModelError: the logits hold no finite number to choose by.
         """
         sampling = self.sampling
         if sampling.changes_logits:
             logits = self.penalised(logits.float())
+        if allowed is not None:
+            logits = logits.masked_fill(~allowed.to(logits.device), float("-inf"))
         if not sampling.temperature:
             token = int(logits.argmax())
             if not bool(torch.isfinite(logits[token])):
-                raise ValueError("the model's logits are not finite")
+                raise ModelError(NOT_FINITE)
         else:
             token = draw(logits.float(), sampling, uniform(sampling.seed, self.place))
         self.took(token)
@@ -79,14 +86,14 @@ def draw(logits: Tensor, sampling: Sampling, at: float) -> int:
         logits: [vocab] float32.
         at: in [0, 1).
     Raises:
-        ValueError: the logits are not finite.
+        ModelError: the logits are not finite.
     """
     scaled = (logits / max(sampling.temperature, 1e-5)).double()
     count = min(sampling.top_k or len(scaled), len(scaled))
     values, ids = scaled.sort(descending=True, stable=True) if count == len(scaled) else scaled.topk(count)
     shares = values.softmax(0)
     if not bool(torch.isfinite(shares).all()):
-        raise ValueError("the model's logits are not finite")
+        raise ModelError(NOT_FINITE)
     if sampling.top_p < 1:
         before = shares.cumsum(0) - shares
         count = int((before < sampling.top_p).sum().clamp_min(1))

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from truetune.adapters.base import Adapter
 from truetune.adapters.ia3 import IA3Linear, scaled
-from truetune.adapters.lora import Projecting
 from truetune.adapters.prefix_linear import PrefixLinear
+from truetune.adapters.projecting import Projecting
 from truetune.ops.frozen import FrozenWeight, has_plain_products
 
 

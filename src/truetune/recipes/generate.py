@@ -18,12 +18,14 @@ from truetune.data.schema import Message
 from truetune.data.template import Template, resolve_template
 from truetune.errors import ConfigError, ModelError, TemplateError
 from truetune.generate.engine import Engine
+from truetune.generate.grammar import Grammar
 from truetune.generate.request import Delta, Handle, Request, Sampling
 from truetune.models import load
 from truetune.models.precision import choose_device, choose_precision
 from truetune.models.tokenizer import ChatTokenizer
 from truetune.recipes import generate_rows as batch
 from truetune.recipes.adapter import check_base, check_template, check_tokenizer, packing_remark
+from truetune.recipes.generate_form import form_of
 from truetune.recipes.new_tokens import tokenizer_of
 from truetune.train.log import Screen
 
@@ -69,19 +71,20 @@ class Speaker:
 
 def run(resolved: Resolved[GenerateConfig]) -> dict[str, Any]:
     """Answer as the config says; the text goes to stdout as it comes."""
-    config, screen = resolved.config, Screen()
+    config, screen, form = resolved.config, Screen(), form_of(resolved.config)
     if config.input is not None and config.output is not None:
         jobs = batch.read(Path(config.input).expanduser(), Path(config.output).expanduser())
         speaker = load_speaker(config, screen, attached=False)
-        return batch.run(config, jobs, speaker, screen)
+        return batch.run(config, jobs, speaker, screen, form=form)
     speaker = load_speaker(config, screen, attached=False)
     asked = [sys.stdin.read() if prompt == "-" else prompt for prompt in config.prompt]
     prompts = [speaker.prompt_ids(prompt, config.system) for prompt in asked]
     for ids in prompts:
         check_prompt(ids, speaker)
     engine = engine_of(config, speaker, longest=max(map(len, prompts)))
+    grammar = None if form is None else engine.grammars.read(form)
     began = time.perf_counter()
-    handles = [engine.submit(request_for(config, speaker, ids)) for ids in prompts]
+    handles = [engine.submit(request_for(config, speaker, ids, grammar=grammar)) for ids in prompts]
     engine.start()
     answers = []
     try:
@@ -140,7 +143,9 @@ def engine_of(config: AnswerGroup, speaker: Speaker, *, rows: int = 8, longest: 
 _SPARE, _MOST_TOKENS = 256, 32_768
 
 
-def request_for(config: AnswerGroup, speaker: Speaker, ids: Sequence[int]) -> Request:
+def request_for(
+    config: AnswerGroup, speaker: Speaker, ids: Sequence[int], *, grammar: Grammar | None = None
+) -> Request:
     """A prompt with the settings of a command."""
     sampling = Sampling(
         temperature=config.temperature, top_p=config.top_p, top_k=config.top_k, min_p=config.min_p,
@@ -148,7 +153,7 @@ def request_for(config: AnswerGroup, speaker: Speaker, ids: Sequence[int]) -> Re
         frequency_penalty=config.frequency_penalty, seed=config.seed,
     )  # fmt: skip
     name = ADAPTER if speaker.adapter is not None else None
-    return Request(ids, name, sampling, config.max_new_tokens, config.stop, speaker.stop_ids)
+    return Request(ids, name, sampling, config.max_new_tokens, config.stop, speaker.stop_ids, grammar=grammar)
 
 
 def check_prompt(ids: Sequence[int], speaker: Speaker, flag: str = "--prompt") -> None:

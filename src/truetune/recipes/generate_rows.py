@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from truetune.config.generate import GenerateConfig
 from truetune.data.schema import Message
-from truetune.errors import DataError, OutputError, StoppedError
+from truetune.errors import DataError, OutputError, StoppedError, TruetuneError, counted
 from truetune.generate.engine import Engine
-from truetune.generate.request import Handle
+from truetune.generate.request import Handle, Request
 from truetune.train.log import Screen, whole_rows
 from truetune.train.stop import StopRequest
 
@@ -113,23 +113,34 @@ def _done(output: Path, jobs: dict[int, Job]) -> set[int]:
     return done
 
 
-def run(config: GenerateConfig, jobs: Jobs, speaker: Speaker, screen: Screen) -> dict[str, Any]:
+def run(
+    config: GenerateConfig, jobs: Jobs, speaker: Speaker, screen: Screen, *, form: str | None = None
+) -> dict[str, Any]:
     """Answer what is left to do.
 
+    Args:
+        form: the grammar of the answers.
     Raises:
+        ConfigError: no answer can have that form.
         StoppedError: a signal came; what was done is in the file.
         OutputError: the file can't be written.
     """
-    from truetune.recipes.generate import engine_of
+    from truetune.recipes.generate import check_prompt, engine_of, request_for
 
     kept = jobs.total - len(jobs.todo)
-    screen.say("rows", f"{jobs.total:,} rows" + (f" · {kept:,} answered before" if kept else ""))
+    screen.say("rows", counted(jobs.total, "row") + (f" · {kept:,} answered before" if kept else ""))
     engine, began, tokens = engine_of(config, speaker, rows=config.rows), time.perf_counter(), 0
-    failed, done = 0, 0
+    grammar, failed, done = None if form is None else engine.grammars.read(form), 0, 0
+
+    def ask(job: Job) -> Request:
+        ids = speaker.conversation_ids(job.turns, config.system)
+        check_prompt(ids, speaker, f"row {job.number}")
+        return request_for(config, speaker, ids, grammar=grammar)
+
     try:
         jobs.output.parent.mkdir(parents=True, exist_ok=True)
         with jobs.output.open("a", encoding="utf-8") as file, screen.bar("answering") as bar, StopRequest() as stop:
-            for job, answer in _answered(config, jobs.todo, speaker, engine):
+            for job, answer in _answered(config, jobs.todo, ask, engine):
                 failed += "error" in answer
                 tokens, done = tokens + answer["new_tokens"], done + 1
                 file.write(json.dumps({"row": job.number, **job.row, **answer}, ensure_ascii=False) + "\n")
@@ -137,34 +148,31 @@ def run(config: GenerateConfig, jobs: Jobs, speaker: Speaker, screen: Screen) ->
                 bar(kept + done, jobs.total)
                 if stop.signal is not None:
                     raise StoppedError(
-                        stop.signal, f"stopped with {kept + done:,} of {jobs.total:,} rows answered",
+                        stop.signal, f"stopped with {kept + done:,} of {counted(jobs.total, 'row')} answered",
                         ("way out", "the same command goes on where it stopped"),
                     )  # fmt: skip
     except OSError as error:
         raise OutputError(f"--output: {jobs.output} can't be written: {error}") from None
     speed = round(tokens / max(time.perf_counter() - began, 1e-9), 2)
-    screen.say("done", f"{jobs.output}: {done:,} rows, {tokens:,} tokens · {speed:,.1f} tok/s")
+    screen.say("done", f"{jobs.output}: {counted(done, 'row')}, {counted(tokens, 'token')} · {speed:,.1f} tok/s")
     if failed:
-        screen.warn(f"{failed:,} rows have an error in place of an answer")
+        screen.warn(f"{counted(failed, 'row has', 'rows have')} an error in place of an answer")
     return {"output": str(jobs.output), "rows": jobs.total, "answered": done, "kept": kept, "failed": failed,
             "new_tokens": tokens, "tok_s": speed}  # fmt: skip
 
 
 def _answered(
-    config: GenerateConfig, todo: list[Job], speaker: Speaker, engine: Engine
+    config: GenerateConfig, todo: list[Job], ask: Callable[[Job], Request], engine: Engine
 ) -> Iterator[tuple[Job, dict[str, Any]]]:
     """Rows as they are done, with what is written beside them; no more are asked for than are computed together."""
-    from truetune.errors import TruetuneError
-    from truetune.recipes.generate import check_prompt, request_for
-
     waiting, open_ = iter(todo), list[tuple[Job, Handle, dict[str, Any]]]()
     while True:
         while len(open_) < 2 * config.rows and (job := next(waiting, None)) is not None:
             try:
-                ids = speaker.conversation_ids(job.turns, config.system)
-                check_prompt(ids, speaker, f"row {job.number}")
-                answer: dict[str, Any] = {"answer": "", "new_tokens": 0, "stopped": False, "prompt_tokens": len(ids)}
-                open_.append((job, engine.submit(request_for(config, speaker, ids), on_delta=_into(answer)), answer))
+                request = ask(job)
+                answer: dict[str, Any] = {"answer": "", "new_tokens": 0, "stopped": False,
+                                          "prompt_tokens": len(request.prompt_ids)}  # fmt: skip
+                open_.append((job, engine.submit(request, on_delta=_into(answer)), answer))
             except TruetuneError as error:
                 yield job, {"answer": "", "new_tokens": 0, "stopped": False, "error": error.message}
         if not open_:

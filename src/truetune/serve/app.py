@@ -11,8 +11,7 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from truetune.serve.limits import Door, read_body
-from truetune.serve.metrics import Metrics
+from truetune.serve.limits import Body, Door, read_body
 from truetune.serve.refusal import Refusal, of_validation, server_fault
 from truetune.serve.service import Service
 from truetune.serve.stream import ClientLeftError
@@ -39,7 +38,7 @@ def application(service: Service, door: Door) -> ASGIApp:
     }
     routes = [Route(path, _Take(take, service), methods=["POST"]) for path, take in posts.items()]
     routes += [Route(path, _Give(give), methods=["GET"]) for path, give in gets.items()]
-    return _Hall(Router(routes, redirect_slashes=False), door, service.metrics, frozenset([*posts, *gets]))
+    return _Hall(Router(routes, redirect_slashes=False), door, service, frozenset([*posts, *gets]))
 
 
 class _Give:
@@ -71,22 +70,28 @@ class _Take:
 class _Hall:
     """Around everything: who may come in, what a failure looks like, and what is counted."""
 
-    def __init__(self, app: ASGIApp, door: Door, metrics: Metrics, paths: frozenset[str]) -> None:
-        self.app, self.door, self.metrics, self.paths = app, door, metrics, paths
+    def __init__(self, app: ASGIApp, door: Door, service: Service, paths: frozenset[str]) -> None:
+        self.app, self.door, self.metrics, self.paths = app, door, service.metrics, paths
+        self.body_bytes = service.config.body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
         status: list[int] = []
+        body = Body(scope, receive)
 
         async def watched(message: Message) -> None:
             if message["type"] == "http.response.start":
                 status.append(message["status"])
+                await body.pass_over(most=self.body_bytes)
+                if not body.is_read:  # what has not come yet is not waited for
+                    message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
             await send(message)
 
         try:
             self.door.check(scope)
-            await self.app({**scope, "app": self}, receive, watched)  # without one the router answers in its own words
+            # Without an app of its own the router answers in its own words.
+            await self.app({**scope, "app": self}, body.receive, watched)
         except ClientLeftError:
             status[:] = [_LEFT]
         except HTTPException as error:
@@ -105,9 +110,7 @@ class _Hall:
 async def _refuse(refusal: Refusal, scope: Scope, receive: Receive, send: Send, *, begun: bool) -> None:
     if begun or refusal.status == _LEFT:
         return
-    # What of the body has not come yet is not waited for.
-    more = {"Connection": "close"} if refusal.status in (408, 413, 415) else {}
-    await Response(refusal.body, refusal.status, refusal.headers | more, "application/json")(scope, receive, send)
+    await Response(refusal.body, refusal.status, refusal.headers, "application/json")(scope, receive, send)
 
 
 def _not_here(error: HTTPException, scope: Scope) -> Refusal:

@@ -6,7 +6,6 @@ its prompts with the template it was trained on.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Mapping
@@ -19,14 +18,15 @@ from truetune.config.generate import AnswerGroup
 from truetune.config.serve import NAME, ServeConfig
 from truetune.errors import AdapterError, ConfigError, TruetuneError, nearest
 from truetune.generate.engine import Engine
-from truetune.generate.shelf import Stamp, stamp_of
+from truetune.generate.loaded import Stamp
+from truetune.generate.shelf import stamp_of
 from truetune.models import load
 from truetune.recipes.adapter import check_base, check_template, check_tokenizer
 from truetune.recipes.generate import Speaker, load_speaker, template_of
-from truetune.serve.refusal import Refusal
+from truetune.serve.refusal import Refusal, unavailable
 from truetune.train.log import Screen
 
-_log = logging.getLogger(__name__)
+_TRIES = 3
 
 
 @dataclass(frozen=True)
@@ -126,32 +126,35 @@ class Catalogue:
             if known is not None and known.stamp == stamp:
                 return known
             try:
-                self._voices[name] = self._load(name, folder, stamp)
+                self._voices[name] = self._load(name, folder)
             except TruetuneError as error:
-                # The reason names folders of this machine: it is for who runs the server, not for who asks.
-                _log.warning("the adapter %s can't be loaded: %s", name, error)
-                said = f"the adapter {name!r} can't be loaded; the server's log says why"
-                raise Refusal(503, said, kind="server_error", param="model", code="adapter_unavailable") from None
+                raise unavailable(name, error) from None
             return self._voices[name]
 
     def load_all(self) -> None:
-        """Load every adapter that is there: one that was named has to load, one that was found is warned of.
+        """Load what was named, which has to be right; what was found in a folder is loaded when it is asked for, and
+        warned of now where its settings say already that it does not belong to this base.
 
         Raises:
             TruetuneError: what is wrong with one that was named.
         """
         for name, folder in self._shelves.find().items():
+            if name in self._shelves.named:
+                self._voices[name] = self._load(name, folder)
+                continue
             try:
-                self._voices[name] = self._load(name, folder, stamp_of(folder))
+                self._speaker(files.read(folder))
             except TruetuneError as error:
-                if name in self._shelves.named:
-                    raise
                 self._screen.warn(f"{name} is not served: {error}")
 
-    def _load(self, name: str, folder: Path, stamp: Stamp) -> Voice:
-        speaker = self._speaker(files.read(folder))
-        self._engine.adapters.register(name, folder)
-        return Voice(name, speaker, name, stamp)
+    def _load(self, name: str, folder: Path) -> Voice:
+        """Wording and weights from one state of the files."""
+        for _ in range(_TRIES):
+            real = folder.resolve()
+            stamp, speaker = stamp_of(real), self._speaker(files.read(real, mapped=False))
+            if self._engine.adapters.register(name, folder).stamp == stamp:
+                return Voice(name, speaker, name, stamp)
+        raise AdapterError(f"{folder} is written to while it is read")
 
     def _speaker(self, file: files.AdapterFile) -> Speaker:
         """How an adapter's prompts are worded: as in its training.

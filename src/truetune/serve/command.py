@@ -8,7 +8,7 @@ from typing import Any
 
 from truetune.config.resolve import Resolved
 from truetune.config.serve import NAME, ServeConfig
-from truetune.errors import ConfigError
+from truetune.errors import ConfigError, counted
 
 try:
     import starlette  # noqa: F401 - one of the two that the extra brings
@@ -26,6 +26,7 @@ from truetune.serve.catalogue import Catalogue, Shelves, load_base
 from truetune.serve.limits import Door, Gate
 from truetune.serve.listen import Server, bind
 from truetune.serve.service import Service
+from truetune.serve.wording import Allowance
 from truetune.train.log import Screen
 
 TOKEN = "TRUETUNE_TOKEN"
@@ -52,7 +53,7 @@ def run(resolved: Resolved[ServeConfig]) -> dict[str, Any]:
     metrics = service.metrics
     answered = sum(count for (_, status), count in metrics.requests.items() if status == 200)
     new = sum(metrics.answer_tokens.values())
-    screen.say("done", f"{answered} requests answered · {new:,} tokens written")
+    screen.say("done", f"{counted(answered, 'request')} answered · {counted(new, 'token')} written")
     stopped_by = server.signal
     return {"requests": sum(metrics.requests.values()), "answered": answered, "tokens": new,
             "exit_code": 0 if stopped_by is None else 128 + stopped_by}  # fmt: skip
@@ -86,7 +87,8 @@ def service_of(config: ServeConfig, screen: Screen) -> Service:
                     adapter_memory=config.adapter_bytes)  # fmt: skip
     catalogue = Catalogue(config, base, name=config.served_name or _name_of(config.model), engine=engine, screen=screen)
     catalogue.load_all()
-    return Service(config, engine, catalogue, Gate(config.max_rows + config.max_queue))
+    gate, allowed = Gate(config.max_rows + config.max_queue), Allowance.of(config.max_new_tokens, engine)
+    return Service(config, engine, catalogue, gate, allowed)
 
 
 def _name_of(model: str) -> str:

@@ -13,20 +13,16 @@ import torch
 from torch import Tensor
 
 from truetune.generate.engine import Engine
+from truetune.generate.loaded import LoadedAdapter
 from truetune.generate.runner import beside
 from truetune.generate.terms import Span
 from truetune.serve.refusal import Refusal
 
 
-def embed(engine: Engine, texts: Sequence[Sequence[int]], *, adapter: str | None) -> list[Tensor]:
-    """[hidden] float32 for each text, unscaled; an adapter's virtual tokens are read and not averaged.
-
-    Raises:
-        Refusal: a text that is empty or too long, an id that the model lacks, or a model with no hidden states.
-        AdapterError: the adapter can't be loaded any more.
-    """
+def check(engine: Engine, texts: Sequence[Sequence[int]]) -> None:
+    """Raises Refusal: a text that is empty or too long, more than fits in all, or an id that the model lacks."""
     vocabulary = engine.model.get_input_embeddings().weight.shape[0]
-    room = min((n for n in (engine.context, engine.stats()["kv_capacity"]) if n is not None), default=None)
+    room = min((n for n in (engine.context, engine.capacity) if n is not None), default=None)
     for number, ids in enumerate(texts):
         if not ids:
             raise Refusal(400, f"input {number}: there is no token in it", param="input")
@@ -36,7 +32,9 @@ def embed(engine: Engine, texts: Sequence[Sequence[int]], *, adapter: str | None
             raise Refusal(400, said, param="input", code="context_length_exceeded")
         if not all(0 <= i < vocabulary for i in ids):
             raise Refusal(400, f"input {number}: an id beyond the vocabulary's {vocabulary - 1}", param="input")
-    return [_mean(engine, ids, adapter) for ids in texts]  # the lock is free in between: answers go on
+    if engine.capacity is not None and (count := sum(map(len, texts))) > engine.capacity:
+        said = f"input: {count:,} tokens in all, and the server's --max-tokens is {engine.capacity:,}"
+        raise Refusal(400, said, param="input")
 
 
 def encoded(vector: Tensor, form: str | None) -> list[float] | str:
@@ -48,10 +46,16 @@ def encoded(vector: Tensor, form: str | None) -> list[float] | str:
 
 
 @torch.no_grad()
-def _mean(engine: Engine, ids: Sequence[int], adapter: str | None) -> Tensor:
+def mean_state(engine: Engine, ids: Sequence[int], loaded: LoadedAdapter | None) -> Tensor:
+    """[hidden] float32 of one text, unscaled; an adapter's virtual tokens are read and not averaged.
+
+    The engine's lock is held for one text alone: between two of them answers go on.
+
+    Raises:
+        Refusal: a model with no hidden states.
+    """
     model = engine.model
     with engine.lock:
-        loaded = engine.adapters.get(adapter) if adapter is not None else None
         terms = (loaded.terms if loaded else None) or {}
         virtual = loaded.virtual_ids if loaded else ()
         whole = torch.tensor([[*virtual, *ids]], device=model.device)

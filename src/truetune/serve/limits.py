@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers
-from starlette.types import Receive, Scope
+from starlette.types import Message, Receive, Scope
 
+from truetune.errors import counted
 from truetune.serve.refusal import Refusal
 
 _OPEN = ("/health",)
@@ -42,7 +43,9 @@ class Gate:
             raise Refusal(400, f"{count} answers in one request, and this server takes {self.most} at a time")
         if self.taken + count > self.most:
             raise Refusal(
-                429, f"{self.taken} answers are running or waiting, and {self.most} is all this server takes",
+                429,
+                f"{counted(self.taken, 'answer is', 'answers are')} running or waiting, and {self.most} is all this "
+                "server takes",
                 kind="rate_limit_error", code="queue_full", retry_after=_RETRY_AFTER,
             )  # fmt: skip
         self.taken += count
@@ -83,6 +86,36 @@ class Door:
         if scheme.lower() != "bearer" or not is_right:
             raise Refusal(401, "the API key is missing or wrong: send it as 'Authorization: Bearer KEY'",
                           kind="authentication_error", code="invalid_api_key")  # fmt: skip
+
+
+class Body:
+    """What of a request's body has come, told by what passes through ``receive``."""
+
+    def __init__(self, scope: Scope, receive: Receive) -> None:
+        headers, self._receive = Headers(scope=scope), receive
+        self._waits = "expect" in headers  # the client sends it once it is told to go on
+        self.is_read = headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers
+
+    async def receive(self) -> Message:
+        """The next part."""
+        message = await self._receive()
+        if message["type"] == "http.request" and not message.get("more_body", False):
+            self.is_read = True
+        return message
+
+    async def pass_over(self, *, most: int, seconds: float = 0.2) -> None:
+        """Let what is under way arrive, as a connection that is closed on it loses the answer too."""
+        if self.is_read or self._waits:
+            return
+        with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
+            await asyncio.wait_for(self._rest(most), seconds)
+
+    async def _rest(self, most: int) -> None:
+        while not self.is_read and most > 0:
+            message = await self.receive()
+            if message["type"] == "http.disconnect":
+                return
+            most -= len(message.get("body", b""))
 
 
 async def read_body(scope: Scope, receive: Receive, *, most: int, seconds: float) -> bytes:

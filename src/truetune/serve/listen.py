@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http
 import signal
 import socket
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+import h11
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -52,13 +54,14 @@ class Server(uvicorn.Server):
         gate: closed by the first signal.
         drain: seconds for running answers.
         most: open connections.
-        seconds: that a connection may take to send the head of its first request.
+        seconds: that a connection may be without progress in what its client has to do.
     """
 
     def __init__(self, app: ASGIApp, gate: Gate, *, drain: float, most: int, seconds: float) -> None:
         super().__init__(
             uvicorn.Config(
-                app, http=_guarded(most, seconds), ws="none", lifespan="off", log_config=None, access_log=False,
+                app, http=_guarded(most, seconds), ws="none", lifespan="off", log_config=None, log_level="error",
+                access_log=False,
                 server_header=False, timeout_keep_alive=_KEEP_ALIVE, timeout_graceful_shutdown=2,
                 h11_max_incomplete_event_size=_LARGEST_HEAD,
             )
@@ -102,25 +105,60 @@ class Server(uvicorn.Server):
 
 
 def _guarded(most: int, seconds: float) -> type[H11Protocol]:
-    """Connections that are limited in number, and in the time they may take to say something."""
+    """Connections that are limited in number, and in the time they may take: to say something, to end a head or a body,
+    to take in what was said to them. Whoever has made no progress with one of these for ``seconds`` is let go."""
     full = Refusal(503, f"{most} connections are open, and this server takes no more", kind="server_error")
-    head = (
-        f"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: \
-{len(full.body)}\r\n\r\n"
-    )
+    garbled = Refusal(400, "this is no HTTP")
 
     class Guarded(H11Protocol):
+        _debt: object = None  # what the client owed when it was looked at last, and since when
+        _since = 0.0
+        _pulse: asyncio.TimerHandle | None = None
+
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             if len(self.connections) > most:
-                transport.write(head.encode() + full.body)
-                transport.close()
-                return
-            self.loop.call_later(seconds, self._close_if_silent)
+                self._turn_away(full)
+            self._look()
 
-        def _close_if_silent(self) -> None:
-            scope: object = self.scope  # which is none until a head was read, whatever its type says
-            if scope is None and not self.transport.is_closing():
-                self.transport.close()
+        def connection_lost(self, exc: Exception | None) -> None:
+            if self._pulse is not None:
+                self._pulse.cancel()
+            super().connection_lost(exc)
+
+        def send_400_response(self, msg: str) -> None:
+            self._turn_away(garbled)
+
+        def _turn_away(self, refusal: Refusal) -> None:
+            if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+                self.transport.write(_raw(refusal))
+            self.transport.close()
+
+        def _look(self) -> None:
+            debt, now = self._owed(), self.loop.time()
+            if debt != self._debt:
+                self._debt, self._since = debt, now
+            elif debt is not None and now - self._since >= seconds:
+                self.transport.abort()
+                return
+            self._pulse = self.loop.call_later(seconds / 8, self._look)
+
+        def _owed(self) -> object:
+            """None, or what the client is waited for, which changes when it goes on."""
+            unsent = self.transport.get_write_buffer_size()
+            if unsent and (self.transport.is_closing() or self.flow.write_paused):
+                return "take", unsent
+            state, cycle = self.conn.their_state, self.cycle
+            if state is h11.IDLE and self.timeout_keep_alive_task is None:
+                return "head", id(cycle)
+            # A route that reads a body counts the time itself, and says so.
+            is_answered = cycle is not None and cycle.response_complete
+            return ("body", id(cycle)) if state is h11.SEND_BODY and is_answered else None
 
     return Guarded
+
+
+def _raw(refusal: Refusal) -> bytes:
+    """A whole answer, for where no application is asked."""
+    head = f"HTTP/1.1 {refusal.status} {http.HTTPStatus(refusal.status).phrase}\r\ncontent-type: application/json\r\n"
+    return f"{head}connection: close\r\ncontent-length: {len(refusal.body)}\r\n\r\n".encode() + refusal.body

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import Self
 
+from truetune.generate import grammar
+
 MOST_CHOICES, MOST_STOPS, MOST_TOP, MOST_PROMPTS = 16, 16, 20, 64
 
 
@@ -31,11 +33,47 @@ class StreamOptions(Wire):
     include_obfuscation: bool = False
 
 
+class JsonSchema(Wire):
+    """A schema by name; what can't be kept to in it is refused, ``strict`` or not."""
+
+    name: Annotated[str, Field(min_length=1)]
+    description: str | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
 class ResponseFormat(Wire):
     """What an answer has to look like."""
 
-    type: str
-    json_schema: dict[str, Any] | None = None
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("type 'json_schema' and the field json_schema go together")
+        return self
+
+    @property
+    def rule(self) -> str | None:
+        """As a rule of a grammar; None for any text."""
+        if self.type == "text":
+            return None
+        given = self.json_schema.schema_ if self.json_schema is not None else None
+        return grammar.of_json({"type": "object"} if given is None else given)
+
+
+class ToolName(Wire):
+    """Which tool."""
+
+    name: str
+
+
+class NamedTool(Wire):
+    """A tool that has to be called."""
+
+    type: Literal["function"]
+    function: ToolName
 
 
 class Labels(Wire):
@@ -63,7 +101,7 @@ class Asked(Labels):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
     top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = 0
     min_p: Annotated[float, Field(ge=0, le=1)] | None = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = 1.0
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
@@ -105,7 +143,7 @@ class ChatRequest(Asked):
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
     tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = True
     response_format: ResponseFormat | None = None
 
@@ -113,16 +151,17 @@ class ChatRequest(Asked):
     def _consistent(self) -> Self:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs goes with logprobs: true")
-        if self.tool_choice not in (None, "none", "auto"):
-            raise ValueError("tool_choice: a call can't be forced; 'auto' and 'none' are supported")
-        if self.parallel_tool_calls is False:
-            raise ValueError("parallel_tool_calls: the number of calls can't be limited")
-        if self.response_format is not None and self.response_format.type != "text":
-            raise ValueError(
-                f"response_format: {self.response_format.type!r} needs constrained decoding, which this server does "
-                "not have; 'text' is supported"
-            )
+        has_form = self.response_format is not None and self.response_format.type != "text"
+        if self.parallel_tool_calls is False and self.tools and not (has_form or self.forces_a_call):
+            raise ValueError("parallel_tool_calls: the number of calls can be limited where tool_choice forces one")
+        if has_form and self.forces_a_call:
+            raise ValueError("tool_choice forces a call, and response_format another answer: leave one of them out")
         return self
+
+    @property
+    def forces_a_call(self) -> bool:
+        """Whether the answer has to be a call."""
+        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
 
 
 class CompletionRequest(Asked):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any
 
 from pydantic import ValidationError
 
 from truetune.errors import TruetuneError
+
+_log = logging.getLogger(__name__)
 
 
 class Refusal(Exception):  # noqa: N818 - most are no errors of ours
@@ -49,6 +52,19 @@ def of_error(error: TruetuneError, *, status: int = 400, param: str | None = Non
     notes = "; ".join(f"{label}: {' '.join(text.split())}" for label, text in error.notes)
     kind = "invalid_request_error" if status < 500 else "server_error"
     return Refusal(status, f"{error.message} ({notes})" if notes else error.message, kind=kind, param=param, code=code)
+
+
+def unavailable(name: str, error: TruetuneError) -> Refusal:
+    """An adapter that is there and can't be used: the reason is logged."""
+    # It names folders of this machine: it is for who runs the server, not for who asks.
+    _log.warning("the adapter %s can't be loaded: %s", name, error)
+    said = f"the adapter {name!r} can't be loaded; the server's log says why"
+    return Refusal(503, said, kind="server_error", param="model", code="adapter_unavailable")
+
+
+def too_late(seconds: float) -> Refusal:
+    """No answer in time."""
+    return Refusal(504, f"no answer within {seconds:g} seconds", kind="server_error", code="timeout")
 
 
 def of_validation(error: ValidationError) -> Refusal:

@@ -14,10 +14,11 @@ from types import TracebackType
 
 from typing_extensions import Self
 
-from truetune.errors import TruetuneError
+from truetune.errors import AdapterError, TruetuneError
 from truetune.generate.engine import Engine
 from truetune.generate.request import Delta, Handle, Request
-from truetune.serve.refusal import Refusal, of_error
+from truetune.generate.shelf import AdapterChangedError
+from truetune.serve.refusal import of_error, too_late, unavailable
 
 News = list[tuple[int, Delta]]
 
@@ -49,17 +50,19 @@ class Running:
         """Ask for all of them.
 
         Raises:
-            Refusal: a prompt that does not fit.
+            Refusal: a prompt that does not fit, or an adapter that can't be loaded any more.
+            AdapterChangedError: it is another than the one that the prompts were worded for.
         """
         try:
             await self._loop.run_in_executor(self._workers, self._submit)
         except BaseException as error:
             self._cancel()
-            if isinstance(error, TruetuneError):
+            if isinstance(error, AdapterError) and not isinstance(error, AdapterChangedError):
+                raise unavailable(str(self._requests[0].adapter), error) from None
+            if isinstance(error, TruetuneError) and not isinstance(error, AdapterError):
                 context = self._engine.context
                 is_long = context is not None and max(len(r.prompt_ids) for r in self._requests) >= context
-                code = "context_length_exceeded" if is_long else None
-                raise of_error(error, code=code) from None
+                raise of_error(error, code="context_length_exceeded" if is_long else None) from None
             raise
         return self
 
@@ -79,8 +82,7 @@ class Running:
             try:
                 await asyncio.wait_for(self._arrival.wait(), max(left, 0.0))
             except (TimeoutError, asyncio.TimeoutError):
-                raise Refusal(504, f"no answer within {self._seconds:g} seconds", kind="server_error", code="timeout") \
-                    from None  # fmt: skip
+                raise too_late(self._seconds) from None
             self._arrival.clear()
             news, self._waiting = self._waiting, []
             self._open -= sum(delta.finish is not None for _, delta in news)

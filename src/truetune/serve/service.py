@@ -4,32 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from truetune.config.serve import ServeConfig
-from truetune.errors import TruetuneError
+from truetune.errors import AdapterError, TruetuneError
 from truetune.generate.engine import Engine
+from truetune.generate.loaded import LoadedAdapter
+from truetune.generate.shelf import AdapterChangedError
 from truetune.serve.catalogue import Catalogue, Voice
-from truetune.serve.embeddings import embed, encoded
+from truetune.serve.embeddings import check, encoded, mean_state
 from truetune.serve.limits import Gate
 from truetune.serve.metrics import Metrics
 from truetune.serve.openapi import document
 from truetune.serve.pieces import Heard
-from truetune.serve.protocol import ChatRequest, CompletionRequest, EmbeddingRequest
-from truetune.serve.refusal import of_error
+from truetune.serve.protocol import Asked, ChatRequest, CompletionRequest, EmbeddingRequest
+from truetune.serve.refusal import of_error, too_late, unavailable
 from truetune.serve.responses import Embeddings, Health, Model, Models, Usage, Vector
 from truetune.serve.running import News, Running
 from truetune.serve.spoken import Spoken, SpokenChat, SpokenText
 from truetune.serve.stream import ClientLeftError, heard_whole, send_stream, unless_left
-from truetune.serve.wording import Job, of_chat, of_completion, prompts_of
+from truetune.serve.wording import Allowance, Job, of_chat, of_completion, prompts_of
 
 T = TypeVar("T")
+_TRIES = 3
 
 
 @dataclass
@@ -44,6 +48,7 @@ class Service:
     engine: Engine
     catalogue: Catalogue
     gate: Gate
+    allowed: Allowance
     metrics: Metrics = field(default_factory=Metrics)
     workers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(8, "truetune-serve"))
 
@@ -52,43 +57,53 @@ class Service:
         asked = ChatRequest.model_validate_json(body)
 
         def worded(voice: Voice) -> Job:
-            return of_chat(asked, voice, longest=self.config.max_new_tokens)
+            return of_chat(asked, voice, self.allowed)
+
+        def spoken(job: Job) -> Spoken:
+            return SpokenChat(job, wants_usage=asked.wants_usage, wants_logprobs=bool(asked.logprobs))
 
         with self.gate.room_for(asked.n or 1):
-            job = await self._with_voice(asked.model, worded)
-            spoken = SpokenChat(job, wants_usage=asked.wants_usage, wants_logprobs=bool(asked.logprobs))
-            await self._answer(spoken, (scope, receive, send), stream=bool(asked.stream), usage=asked.wants_usage)
+            whole = await self._answer(asked, worded, spoken, (receive, send))
+        await _sent(whole, scope, receive, send)
 
     async def completion(self, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
         """``POST /v1/completions``."""
         asked = CompletionRequest.model_validate_json(body)
 
         def worded(voice: Voice) -> Job:
-            return of_completion(asked, voice, longest=self.config.max_new_tokens)
+            return of_completion(asked, voice, self.allowed)
+
+        def spoken(job: Job) -> Spoken:
+            return SpokenText(job, wants_usage=asked.wants_usage, wants_logprobs=asked.logprobs is not None)
 
         with self.gate.room_for((asked.n or 1) * len(prompts_of(asked.prompt, "prompt"))):
-            job = await self._with_voice(asked.model, worded)
-            spoken = SpokenText(job, wants_usage=asked.wants_usage, wants_logprobs=asked.logprobs is not None)
-            await self._answer(spoken, (scope, receive, send), stream=bool(asked.stream), usage=asked.wants_usage)
+            whole = await self._answer(asked, worded, spoken, (receive, send))
+        await _sent(whole, scope, receive, send)
 
     async def embedding(self, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
         """``POST /v1/embeddings``."""
         asked = EmbeddingRequest.model_validate_json(body)
         texts = prompts_of(asked.input, "input")
+        self.allowed.check(texts, "input")
 
-        def computed(voice: Voice) -> Embeddings:
+        def read(voice: Voice) -> tuple[list[list[int]], LoadedAdapter | None]:
             encode = voice.speaker.tokenizer.encode
             ids = [encode([text])[0] if isinstance(text, str) else list(text) for text in texts]
-            vectors = [encoded(v, asked.encoding_format) for v in embed(self.engine, ids, adapter=voice.adapter)]
-            count = sum(map(len, ids))
-            data = [Vector(object="embedding", index=i, embedding=vector) for i, vector in enumerate(vectors)]
-            usage = Usage(prompt_tokens=count, total_tokens=count)
-            return Embeddings(object="list", data=data, model=voice.name, usage=usage)
+            check(self.engine, ids)
+            return ids, None if voice.adapter is None else self.engine.adapters.get(voice.adapter)
 
-        with self.gate.room_for(1):
-            answer = await self._with_voice(asked.model, computed)
-        self.metrics.prompt_tokens[answer.model] += answer.usage.prompt_tokens
-        await _json(answer.wire())(scope, receive, send)
+        async def computed() -> tuple[int, list[list[float] | str]]:
+            ids, loaded = await self._with_voice(asked.model, read)
+            vectors = [await self._aside(partial(mean_state, self.engine, text, loaded)) for text in ids]
+            return sum(map(len, ids)), [encoded(vector, asked.encoding_format) for vector in vectors]
+
+        with self.gate.room_for(len(texts)):
+            count, found = await self._while_wanted(receive, self._in_time(computed()))
+        self.metrics.prompt_tokens[asked.model] += count
+        data = [Vector(object="embedding", index=i, embedding=vector) for i, vector in enumerate(found)]
+        usage = Usage(prompt_tokens=count, total_tokens=count)
+        answer = Embeddings(object="list", data=data, model=asked.model, usage=usage)
+        await _sent(await self._aside(answer.wire), scope, receive, send)
 
     async def models(self, scope: Scope, receive: Receive, send: Send) -> None:
         """``GET /v1/models``."""
@@ -116,27 +131,52 @@ class Service:
         """``GET /openapi.json``."""
         await _json(document(with_token=self.config.token is not None))(scope, receive, send)
 
-    async def _answer(self, spoken: Spoken, ends: tuple[Scope, Receive, Send], *, stream: bool, usage: bool) -> None:
-        scope, receive, send = ends
-        began = time.perf_counter()
-        seen = self._timed(began)
-        running = Running(self.engine, spoken.job.requests, workers=self.workers, seconds=self.config.max_seconds,
-                          seen=seen)  # fmt: skip
+    async def _answer(
+        self, asked: Asked, worded: Callable[[Voice], Job], spoken_of: Callable[[Job], Spoken],
+        ends: tuple[Receive, Send],
+    ) -> str | None:  # fmt: skip
+        """The whole answer as JSON; None where it was streamed."""
+        for _ in range(_TRIES):
+            began = time.perf_counter()
+            job = await self._with_voice(asked.model, worded)
+            running = Running(self.engine, job.requests, workers=self.workers, seconds=self.config.max_seconds,
+                              seen=self._timed(began))  # fmt: skip
+            try:
+                async with running:
+                    return await self._told(running, spoken_of(job), ends, stream=bool(asked.stream), began=began,
+                                            usage=asked.wants_usage)  # fmt: skip
+            except AdapterChangedError as error:  # nothing of the answer was made yet: once more, for the new one
+                changed = error
+        raise unavailable(asked.model, changed)
+
+    async def _told(
+        self, running: Running, spoken: Spoken, ends: tuple[Receive, Send], *, stream: bool, usage: bool, began: float
+    ) -> str | None:
+        receive, send = ends
         try:
-            async with running:
-                if stream:
-                    work = send_stream(running, spoken, send, wants_usage=usage, stall=self.config.max_stall)
-                    await unless_left(receive, work)
-                else:
-                    await unless_left(receive, heard_whole(running, spoken))
-        except ClientLeftError:
-            self.metrics.cancelled += 1
-            raise
+            if stream:
+                work = send_stream(running, spoken, send, wants_usage=usage, stall=self.config.max_stall)
+                await self._while_wanted(receive, work)
+            else:
+                await self._while_wanted(receive, heard_whole(running, spoken))
         finally:
             self._count(spoken.job, spoken.heard)
         self.metrics.whole.observe(time.perf_counter() - began)
-        if not stream:
-            await _json(spoken.whole().wire())(scope, receive, send)
+        # In another thread: with the likeliest tokens at every place it can be megabytes.
+        return None if stream else await self._aside(lambda: spoken.whole().wire())
+
+    async def _while_wanted(self, receive: Receive, work: Awaitable[T]) -> T:
+        try:
+            return await unless_left(receive, work)
+        except ClientLeftError:
+            self.metrics.cancelled += 1
+            raise
+
+    async def _in_time(self, work: Awaitable[T]) -> T:
+        try:
+            return await asyncio.wait_for(work, self.config.max_seconds)
+        except (TimeoutError, asyncio.TimeoutError):
+            raise too_late(self.config.max_seconds) from None
 
     def _timed(self, began: float) -> Callable[[News], None]:
         first = True
@@ -161,11 +201,18 @@ class Service:
 
         try:
             return await self._aside(both)
+        except AdapterError as error:
+            raise unavailable(name, error) from None
         except TruetuneError as error:
             raise of_error(error) from None
 
     async def _aside(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self.workers, work)
+
+
+async def _sent(text: str | None, scope: Scope, receive: Receive, send: Send) -> None:
+    if text is not None:
+        await _json(text)(scope, receive, send)
 
 
 def _json(text: str, status: int = 200) -> Response:

@@ -22,6 +22,10 @@ class Format:
     begin: str
     end: str
 
+    def around(self, name: str) -> tuple[str, str]:
+        """What stands in front of the arguments in a call of a tool, and behind them."""
+        return f'{self.begin}\n{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": ', f"}}\n{self.end}"
+
     def split(self, text: str) -> tuple[str, list[ToolCall]]:
         """``(what is said, the calls)``; all of it is text where one of the calls can't be read."""
         at = text.find(self.begin)
