@@ -1,15 +1,22 @@
-"""What ``truetune merge`` costs on a synthetic Llama of about 1 GB, beside ``cp`` of the base and PEFT's merge.
+"""What ``truetune merge`` costs on a model of random weights, beside ``cp`` of the base and PEFT's merge.
 
-    python bench/merge.py [--peers peft] [--runs 3] [--layers 8] [--json]
+    python -m bench.merge [--shape 1b|7b] [--peers peft] [--environments FOLDER] [--runs 3] [--folder DIR] [--json]
 
 Each merge runs in a fresh process, from its start to its end, imports and all: wall time, processor time (what a shared
 machine tells best) and peak (VmHWM, the kernel's own high-water mark), which is also given over that of a process that
-imports the same modules and does nothing. Runs are interleaved, and medians are reported. The last line is JSON.
+imports the same modules and does nothing. Runs take turns, and medians are reported. The last line is JSON.
+
+``floor_s`` is what the work can't do without: ``cp``, and the low-rank products at the best rate of ``F.linear`` in
+float32, on as many threads. ``work_s`` is what a merge takes over the bare imports. When a merge ends, its files are on
+disk and their SHA-256 is known, which is not so of a copy: so there is one that is synced too (``synced_floor_s``), and
+``sha256_s`` is what hashing that much takes one thread, whoever does it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import hashlib
 import json
 import os
 import resource
@@ -19,20 +26,40 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
-from transformers import LlamaConfig
+from bench import environments
+from bench.shapes import SHAPES, Shape
 
-from truetune.adapters.files import CONFIG, WEIGHTS, state
-from truetune.adapters.inject import attach
-from truetune.adapters.peft_config import to_peft
-from truetune.checkpoint.header import PlannedTensor
-from truetune.checkpoint.shards import ShardWriter
-from truetune.config.lora import LoRA
-from truetune.models.load import skeleton
+RANK = 16
+_7B = Shape(hidden=4096, inner=11008, layers=32, heads=32, kv_heads=32, head_dim=128, vocab=32_000, context=4096)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A Llama to merge into."""
+
+    shape: Shape
+    tied: bool
+
+    def flops(self) -> float:
+        """Of the low-rank products s B A of all linear layers."""
+        return 2.0 * RANK * self.shape.layers * sum(rows * columns for rows, columns in self.shape.linears())
+
+    def largest(self) -> int:
+        """Bytes of the largest tensor, in bf16."""
+        shape = self.shape
+        return 2 * max(shape.vocab * shape.hidden, *(rows * columns for rows, columns in shape.linears()))
+
+
+MODELS = {
+    "1b": Model(SHAPES["llama-3.2-1b"], tied=True),
+    "7b": Model(_7B, tied=False),
+    "tiny": Model(SHAPES["tiny"], tied=True),
+}
 
 # argv: base, adapter, out; none of them: only the imports.
 _PEAK = """
@@ -54,27 +81,55 @@ CHILDREN = {
         "P.from_pretrained(M.from_pretrained(b, dtype='auto'), a).merge_and_unload().save_pretrained(o)",
     ),
 }
-_KEYS = ("seconds", "cpu_s", "peak_mb", "peak_over_imports_mb")
+COPIES = {"cp": 'cp -r --reflink=never "$0" "$1"', "cp+sync": 'cp -r --reflink=never "$0" "$1" && sync "$1"/*'}
+_KEYS = ("seconds", "cpu_s", "peak_mb", "peak_over_imports_mb", "import_s", "import_cpu_s")
 
 
-def make(folder: Path, *, layers: int) -> None:
+def make(folder: Path, model: Model) -> None:
     """``base`` (random bf16 weights, one tensor in memory at a time) and ``adapter`` (r 16 on all linear layers)."""
-    config = LlamaConfig(
-        vocab_size=32_000, hidden_size=2048, intermediate_size=5504, num_hidden_layers=layers, num_attention_heads=16,
-        architectures=["LlamaForCausalLM"], dtype="bfloat16",
-    )  # fmt: skip
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig
+
+    from truetune.adapters.files import CONFIG, WEIGHTS, state
+    from truetune.adapters.inject import attach
+    from truetune.adapters.peft_config import to_peft
+    from truetune.checkpoint.header import PlannedTensor
+    from truetune.checkpoint.shards import ShardWriter
+    from truetune.config.lora import LoRA
+    from truetune.models.load import skeleton
+
+    settings = {**model.shape.config(), "tie_word_embeddings": model.tied, "architectures": ["LlamaForCausalLM"]}
+    config = LlamaConfig(**settings)
     config.save_pretrained(folder / "base")
-    model = skeleton(config, dtype=torch.bfloat16)
+    outline = skeleton(config, dtype=torch.bfloat16)
     draws = torch.Generator().manual_seed(0)
-    plan = [PlannedTensor(name, p.dtype, tuple(p.shape)) for name, p in model.named_parameters()]
+    plan = [PlannedTensor(name, p.dtype, tuple(p.shape)) for name, p in outline.named_parameters()]
+    drawn: dict[tuple[int, ...], torch.Tensor] = {}  # one for each shape: layers may be alike, and drawing takes time
     with ShardWriter(folder / "base", plan) as writer:
         for tensor in plan:
-            writer.write(tensor.name, torch.randn(tensor.shape, generator=draws).mul_(0.02).bfloat16())
-    attached = attach(model, LoRA(rank=16, alpha=32))
+            if tensor.shape not in drawn:
+                drawn[tensor.shape] = torch.randn(tensor.shape, generator=draws).mul_(0.02).bfloat16()
+            writer.write(tensor.name, drawn[tensor.shape])
+    attached = attach(outline, LoRA(rank=RANK, alpha=2 * RANK))
     (folder / "adapter").mkdir()
-    tensors = {key: torch.randn(p.shape, generator=draws).mul_(0.02) for key, p in state(model).items()}
+    tensors = {key: torch.randn(p.shape, generator=draws).mul_(0.02) for key, p in state(outline).items()}
     save_file(tensors, folder / "adapter" / WEIGHTS, metadata={"format": "pt"})
-    (folder / "adapter" / CONFIG).write_text(json.dumps(to_peft(model, attached, base=str(folder / "base"))))
+    (folder / "adapter" / CONFIG).write_text(json.dumps(to_peft(outline, attached, base=str(folder / "base"))))
+
+
+def product_rate(threads: int) -> float:
+    """FLOP/s of ``F.linear`` in float32, the best of some rounds."""
+    import torch
+
+    torch.set_num_threads(threads)
+    x, weight = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    best = 0.0
+    for _ in range(12):
+        began = time.perf_counter()
+        torch.nn.functional.linear(x, weight)
+        best = max(best, 2.0 * 1024**3 / (time.perf_counter() - began))
+    return best
 
 
 def watched(command: list[str]) -> tuple[float, float, str]:
@@ -87,54 +142,111 @@ def watched(command: list[str]) -> tuple[float, float, str]:
     return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done.stdout
 
 
-def measure(name: str, folder: Path) -> tuple[float, ...]:
-    """``_KEYS`` of one run; a copy has no peak worth telling."""
+def measure(name: str, folder: Path, python: Path) -> tuple[float, ...]:
+    """``_KEYS`` of one run; a copy has neither imports nor a peak worth telling."""
     out = folder / f"out-{name}"
     shutil.rmtree(out, ignore_errors=True)
     os.sync()  # so that nobody waits for what another one left to be written
-    if name == "cp":
-        return (*watched(["cp", "-r", "--reflink=never", str(folder / "base"), str(out)])[:2], 0.0, 0.0)
-    command = [sys.executable, "-c", CHILDREN[name]]
-    bare = float(watched(command)[2].split()[-1])
-    wall, cpu, said = watched([*command, str(folder / "base"), str(folder / "adapter"), str(out)])
-    peak = float(said.split()[-1])
-    return wall, cpu, peak / 1e6, (peak - bare) / 1e6
+    try:
+        if name in COPIES:
+            return (*watched(["sh", "-c", COPIES[name], str(folder / "base"), str(out)])[:2], *[0.0] * 4)
+        command = [str(python), "-c", CHILDREN[name]]
+        import_s, import_cpu_s, said = watched(command)
+        bare = float(said.split()[-1])
+        wall, cpu, said = watched([*command, str(folder / "base"), str(folder / "adapter"), str(out)])
+        peak = float(said.split()[-1])
+        return wall, cpu, peak / 1e6, (peak - bare) / 1e6, import_s, import_cpu_s
+    finally:
+        shutil.rmtree(out, ignore_errors=True)  # at 7B it is as large as the disk may have room for
 
 
-def run(folder: Path, names: list[str], runs: int) -> dict[str, dict[str, Any]]:
-    """Interleaved runs, each from a cold start of the process and a warm page cache; medians."""
-    found: dict[str, list[tuple[float, ...]]] = {name: [] for name in names}
+def run(folder: Path, pythons: dict[str, Path], runs: int) -> dict[str, dict[str, Any]]:
+    """Runs by turns, each from a cold start of the process and a warm page cache; medians."""
+    found: dict[str, list[tuple[float, ...]]] = {name: [] for name in pythons}
     for _ in range(runs):
-        for name in names:
-            wall, cpu, peak, over = row = measure(name, folder)
+        for name, python in pythons.items():
+            wall, cpu, peak, over, *_ = row = measure(name, folder, python)
             found[name].append(row)
             print(f"{name:9} {wall:6.1f} s   cpu {cpu:6.1f} s   peak {peak:7,.0f} MB   over imports {over:7,.0f} MB")
     medians = {n: [round(statistics.median(v), 2) for v in zip(*rows, strict=True)] for n, rows in found.items()}
     return {name: dict(zip(_KEYS, values, strict=True)) for name, values in medians.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--peers", default="", help="comma-separated; peft is known")
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--layers", type=int, default=8, help="8 make 1.07 GB")
-    parser.add_argument("--json", action="store_true", help="accepted as in the other benches; JSON comes anyway")
-    options = parser.parse_args()
-    peers = [peer for peer in options.peers.split(",") if peer]
-    with tempfile.TemporaryDirectory(prefix="truetune-merge-") as temporary:
-        folder = Path(temporary)
-        make(folder, layers=options.layers)
-        size = sum(path.stat().st_size for path in (folder / "base").glob("*.safetensors"))
-        results = run(folder, ["cp", "truetune", *peers], options.runs)
-    ours, copy = results.pop("truetune"), results.pop("cp")
-    line: dict[str, Any] = {"bench": "merge", "base_mb": round(size / 1e6, 1), "runs": options.runs, **ours}
-    line |= {"cp_seconds": copy["seconds"], "cp_cpu_s": copy["cpu_s"]}
+def hash_rate() -> float:
+    """Bytes per processor second of SHA-256, the best of some rounds."""
+    data, best = bytes(32 << 20), 0.0
+    for _ in range(4):
+        began = time.process_time()
+        hashlib.sha256(data)
+        best = max(best, len(data) / (time.process_time() - began))
+    return best
+
+
+def findings(model: Model, size: int, results: dict[str, dict[str, Any]], rate: float) -> dict[str, Any]:
+    """What the bars are about, from the medians of all."""
+    ours, copy, synced = (results.pop(name) for name in ("truetune", "cp", "cp+sync"))
+    floor, work = copy["seconds"] + model.flops() / rate, ours["seconds"] - ours["import_s"]
+    line = {
+        **ours,
+        "peak_bar_mb": round(2 * model.largest() / 1e6 + 300, 1),
+        "cp_seconds": copy["seconds"],
+        "cp_cpu_s": copy["cpu_s"],
+        "work_s": round(work, 2),
+        "floor_s": round(floor, 2),
+        "work_over_floor": round(work / floor, 2),
+        "cp_synced_s": synced["seconds"],
+        "synced_floor_s": round(synced["seconds"] + model.flops() / rate, 2),
+        "sha256_s": round(size / hash_rate(), 2),
+        "work_cpu_s": round(ours["cpu_s"] - ours["import_cpu_s"], 2),
+        "products_s": round(model.flops() / rate, 2),
+    }
     for peer, theirs in results.items():
         line |= {f"peer_{peer}_{key}": value for key, value in theirs.items()}
         line[f"memory_ratio_vs_{peer}"] = round(theirs["peak_over_imports_mb"] / ours["peak_over_imports_mb"], 2)
         line[f"speedup_vs_{peer}"] = round(theirs["seconds"] / ours["seconds"], 2)
         line[f"cpu_ratio_vs_{peer}"] = round(theirs["cpu_s"] / ours["cpu_s"], 2)
-    print(json.dumps(line))
+    return line
+
+
+@contextlib.contextmanager
+def fixture(folder: Path | None, shape: str) -> Iterator[Path]:
+    """A folder with a base and an adapter; one that is named is kept, and found again."""
+    with tempfile.TemporaryDirectory(prefix="truetune-merge-") as temporary:
+        place = folder / shape if folder else Path(temporary)
+        if not (place / "adapter").is_dir():
+            # In a process of its own: what a child's peak would begin with.
+            subprocess.run([sys.executable, "-m", "bench.merge", "--make", str(place), "--shape", shape], check=True)
+        yield place
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=MODELS, default="1b", help="1b makes 2.1 GB; 7b 13.5, and needs twice that")
+    parser.add_argument("--peers", default="", help="comma-separated; peft is known")
+    parser.add_argument("--environments", type=Path, default=Path("out-bench/environments"), help="of the peers")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of every merge")
+    parser.add_argument("--folder", type=Path, help="keep the base and the adapter here for the next time")
+    parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--json", action="store_true", help="accepted as in the other benches; JSON comes anyway")
+    options = parser.parse_args()
+    model = MODELS[options.shape]
+    if options.make:
+        options.make.mkdir(parents=True, exist_ok=True)
+        make(options.make, model)
+        return
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    pythons = {**dict.fromkeys(COPIES, Path("sh")), "truetune": Path(sys.executable)}
+    for peer in filter(None, options.peers.split(",")):
+        python = environments.interpreter(options.environments.absolute(), peer)
+        if python is None:
+            raise SystemExit(f"no environment for {peer} in {options.environments}: --environments FOLDER")
+        pythons[peer] = python
+    with fixture(options.folder, options.shape) as folder:
+        size = sum(path.stat().st_size for path in (folder / "base").glob("*.safetensors"))
+        results = run(folder, pythons, options.runs)
+    line = {"bench": "merge", "shape": options.shape, "base_mb": round(size / 1e6, 1), "runs": options.runs}
+    print(json.dumps(line | findings(model, size, results, product_rate(options.threads))))
 
 
 if __name__ == "__main__":

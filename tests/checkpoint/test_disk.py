@@ -1,10 +1,14 @@
 """Where a folder that is not there yet would be made."""
 
+import errno
+import os
+import re
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
-from truetune.checkpoint.disk import existing, require_space
+from truetune.checkpoint.disk import existing, require_space, writing
 from truetune.errors import OutputError
 
 
@@ -18,3 +22,26 @@ def test_a_drive_that_does_not_exist_is_an_error_and_no_endless_search(monkeypat
     monkeypatch.setattr(Path, "exists", lambda self: False)
     with pytest.raises(OutputError, match="there is no /"):
         require_space(Path("/gone/away"), 1)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS])
+def test_what_the_system_refuses_is_said_alike_by_python_and_by_safetensors(number: int, tmp_path: Path) -> None:
+    said = []
+    text = f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})"
+    for error in (OSError(number, os.strerror(number)), SafetensorError(text)):
+        with pytest.raises(OutputError) as caught, writing(tmp_path):
+            raise error
+        said.append(re.sub(r"[\d,]+ MB", "N MB", str(caught.value)))
+    assert said[0] == said[1]
+
+
+def test_a_limit_on_files_is_no_full_disk(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="larger than allowed") as caught, writing(tmp_path):
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+    assert "full" not in str(caught.value)
+
+
+def test_what_went_wrong_with_reading_is_not_blamed_on_the_disk_that_is_written(tmp_path: Path) -> None:
+    text = "Error while deserializing header: I/O error: Permission denied (os error 13)"
+    with pytest.raises(SafetensorError), writing(tmp_path):
+        raise SafetensorError(text)

@@ -92,7 +92,8 @@ def test_methods_of_the_low_rank_family_add_up(pair: tuple[AdapterConfig, Adapte
     [
         (tt.DoRA(rank=2), "two lengths have no sum"),
         (tt.IA3(), "multiplies"),
-        (tt.Prompt(virtual_tokens=2), "in front of the text"),
+        (tt.Prompt(virtual_tokens=2), "does not fold into weights"),
+        (tt.Bottleneck(reduction=4.0), "does not fold into weights"),
         (tt.LoRA(rank=2, trainable=("norm",)), "trained in full"),
     ],
 )

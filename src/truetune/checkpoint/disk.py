@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors import SafetensorError
 
 from truetune.errors import OutputError
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NO_FOLDER = (errno.ENOTDIR, errno.EEXIST)
 
@@ -29,19 +30,25 @@ def writing(folder: Path, *advice: tuple[str, str], needed: int = 0) -> Iterator
     """
     try:
         yield
-    except OSError as error:
-        if error.errno in _FULL:
-            raise disk_full(folder, *advice, needed=needed, quota=error.errno == errno.EDQUOT) from None
-        if error.errno in _FORBIDDEN:
+    except (OSError, SafetensorError) as error:
+        number = error.errno if isinstance(error, OSError) else _number_in(str(error))
+        if number in _FULL:
+            raise disk_full(folder, *advice, needed=needed, quota=number == errno.EDQUOT) from None
+        if number == errno.EFBIG:
+            way_out = "a higher limit (`ulimit -f` says which one holds here), or a disk that takes larger files"
+            raise OutputError(f"a file in {folder} would be larger than allowed", ("way out", way_out)) from None
+        if number in _FORBIDDEN:
             way_out = "--out with a folder you may write to"
-            raise OutputError(f"{folder} can't be written: {error.strerror}", ("way out", way_out)) from None
-        if error.errno in _NO_FOLDER:
+            raise OutputError(f"{folder} can't be written: {os.strerror(number)}", ("way out", way_out)) from None
+        if number in _NO_FOLDER:
             raise OutputError(f"{folder} is not a folder", ("way out", "choose another --out")) from None
         raise
-    except SafetensorError as error:
-        if "os error 28" in str(error) or "No space left" in str(error):
-            raise disk_full(folder, *advice, needed=needed) from None
-        raise
+
+
+def _number_in(text: str) -> int | None:
+    """The system's error number of a ``SafetensorError`` from writing, which carries it in its text alone."""
+    found = re.search(r"while serializing: .*\(os error (\d+)\)", text)
+    return int(found[1]) if found else None
 
 
 def disk_full(folder: Path, *advice: tuple[str, str], needed: int = 0, quota: bool = False) -> OutputError:

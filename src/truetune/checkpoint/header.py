@@ -10,75 +10,112 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from truetune.errors import ModelError
 
+if TYPE_CHECKING:  # a header can be read, and a file copied, without torch: it takes two seconds to import
+    import torch
+
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit; a garbage length must not become an allocation
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "C64": torch.complex64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
+CODES = {
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U64": ("uint64", 8),
+    "U32": ("uint32", 4),
+    "U16": ("uint16", 2),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
+    "C64": ("complex64", 8),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "F8_E8M0": ("float8_e8m0fnu", 1),
 }
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
+"""What a header calls a dtype → torch's name, and the bytes of one number."""
+_CODE_OF = {name: code for code, (name, _) in CODES.items()}
+
+
+def dtype_of(code: str) -> torch.dtype:
+    """Torch's dtype for one of ``CODES``."""
+    import torch
+
+    found = getattr(torch, CODES[code][0])
+    assert isinstance(found, torch.dtype)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where one tensor lies: ``nbytes`` bytes of ``file``, from ``offset`` on."""
+    """Where one tensor lies: ``nbytes`` bytes of ``file``, from ``offset`` on; ``code`` is one of ``CODES``."""
 
     name: str
-    dtype: torch.dtype
+    code: str
     shape: tuple[int, ...]
     file: Path
     offset: int
     nbytes: int
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """As torch calls it."""
+        return dtype_of(self.code)
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, init=False)
 class PlannedTensor:
-    """A tensor that will be written: all that a header says of it."""
+    """A tensor that will be written: all that a header says of it.
+
+    Raises:
+        ValueError: a dtype that safetensors has no code for.
+    """
 
     name: str
-    dtype: torch.dtype
+    code: str
     shape: tuple[int, ...]
+
+    def __init__(self, name: str, dtype: torch.dtype | str, shape: tuple[int, ...]) -> None:
+        code = dtype if isinstance(dtype, str) else _CODE_OF.get(str(dtype).removeprefix("torch."), "")
+        if code not in CODES:
+            raise ValueError(f"safetensors can't hold {name!r} as {dtype}")
+        for field, value in (("name", name), ("code", code), ("shape", shape)):
+            object.__setattr__(self, field, value)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As torch calls it."""
+        return dtype_of(self.code)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one number."""
+        return CODES[self.code][1]
 
     @property
     def nbytes(self) -> int:
         """The size of its body in the file."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return math.prod(self.shape) * self.itemsize
 
 
 def header_bytes(shard: Sequence[PlannedTensor]) -> bytes:
     """The first bytes of a file that will hold ``shard``: length, JSON, padding.
 
     Raises:
-        ValueError: a dtype or name that safetensors can't hold.
+        ValueError: a name that safetensors can't hold.
     """
     fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in shard:
-        if tensor.dtype not in _CODES or tensor.name == "__metadata__":
-            raise ValueError(f"safetensors can't hold {tensor.name!r} as {tensor.dtype}")
+        if tensor.name == "__metadata__":
+            raise ValueError(f"safetensors can't hold a tensor called {tensor.name!r}")
         offsets = [offset, offset + tensor.nbytes]
-        fields[tensor.name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        fields[tensor.name] = {"dtype": tensor.code, "shape": list(tensor.shape), "data_offsets": offsets}
         offset += tensor.nbytes
     text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # so that the bodies start at a multiple of 8
@@ -119,14 +156,14 @@ def _entry(name: str, field: dict[str, Any], path: Path, start: int) -> TensorEn
     shape = tuple(field["shape"])
     if not all(type(number) is int and number >= 0 for number in (begin, end, *shape)):
         raise ValueError(f"{name}: shape {shape}, bytes {begin} to {end}")
-    if field["dtype"] not in DTYPES:
+    if field["dtype"] not in CODES:
         raise damaged(
-            path, f"{name} has an unknown dtype", ", ".join(DTYPES), field["dtype"], "convert it to one of these"
+            path, f"{name} has an unknown dtype", ", ".join(CODES), field["dtype"], "convert it to one of these"
         )
-    planned = PlannedTensor(name, DTYPES[field["dtype"]], shape)
+    planned = PlannedTensor(name, field["dtype"], shape)
     if planned.nbytes != end - begin:
         raise ValueError(f"{name}: {end - begin} bytes where its dtype and shape take {planned.nbytes}")
-    return TensorEntry(name, planned.dtype, shape, path, start + begin, planned.nbytes)
+    return TensorEntry(name, planned.code, shape, path, start + begin, planned.nbytes)
 
 
 def _check_bodies(path: Path, entries: Sequence[TensorEntry], start: int, size: int) -> None:

@@ -7,23 +7,20 @@ come. The files are those the library would write.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO
 
-import torch
-from torch import Tensor
-
-from truetune.checkpoint.atomic import sha256
+from truetune.checkpoint.bodies import Body, Digest, Fill, Hashing
 from truetune.checkpoint.disk import require_space, sync, writing
 from truetune.checkpoint.header import PlannedTensor, TensorEntry, few, header_bytes
-from truetune.checkpoint.tensors import INDEX, SINGLE, copy_bytes
+from truetune.checkpoint.tensors import INDEX, SINGLE, reading
 from truetune.errors import OutputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class ShardWriter:
@@ -63,8 +60,8 @@ class ShardWriter:
         self._places: dict[str, tuple[PlannedTensor, Path, int]] = {}  # what is still to come, and where it goes
         self._weight_map: dict[str, str] = {}
         self._finished = finished
-        self._aside = ThreadPoolExecutor(1)  # starts no thread before it has work
-        self._digests: dict[Path, _Digest] = {}
+        self._hashing = Hashing()
+        self._digests: dict[Path, Digest] = {}  # where the hashes are wanted
         self._left: dict[Path, int] = {}  # bodies that a shard still waits for
         self._total_size = sum(tensor.nbytes for tensor in plan)
         self._open = True
@@ -86,8 +83,9 @@ class ShardWriter:
             self._weight_map[tensor.name] = name
             offset += tensor.nbytes
         self._left[path] = len(shard)
-        self._digests[path] = _Digest()
-        with self._guard(), path.open("xb") as file:
+        if self._finished is not None:
+            self._digests[path] = Digest()
+        with self._guard(), path.open("xb", buffering=0) as file:
             self._into(path, file, 0).write(header)
             file.truncate(offset)
 
@@ -102,9 +100,11 @@ class ShardWriter:
             OutputError: the disk is full or not writable.
             ValueError: not planned, written before, or of another dtype or shape.
         """
-        with self._body(name, tensor.dtype, tuple(tensor.shape)) as file:
+        import torch
+
+        with self._body(PlannedTensor(name, tensor.dtype, tuple(tensor.shape))) as body:
             flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            file.write(flat.numpy().data)
+            body.write(flat.numpy().data)
 
     def write_from(self, entry: TensorEntry) -> None:
         """Copy the body of ``entry.name`` from another checkpoint without holding it.
@@ -113,8 +113,19 @@ class ShardWriter:
             ModelError: the source can't be read.
             OutputError, ValueError: as ``write``.
         """
-        with self._body(entry.name, entry.dtype, entry.shape) as file:
-            copy_bytes(entry, file)
+        with reading(entry) as fill:
+            self.write_pieces(PlannedTensor(entry.name, entry.code, entry.shape), fill)
+
+    def write_pieces(self, tensor: PlannedTensor, fill: Fill, *, unit: int = 1) -> None:
+        """Write a body that is made piece by piece.
+
+        Args:
+            unit: pieces are multiples of so many bytes, such as those of a row.
+        Raises:
+            OutputError, ValueError: as ``write``.
+        """
+        with self._body(tensor) as body:
+            body.fill(tensor.nbytes, fill, unit=unit)
 
     def close(self) -> None:
         """Bring everything to disk and give the files their names, the index last.
@@ -159,7 +170,7 @@ class ShardWriter:
             self.close()
         else:
             self.abort(interrupted=issubclass(kind, KeyboardInterrupt))
-        self._aside.shutdown()
+        self._hashing.close()
 
     def _temporary(self, name: str) -> Path:
         path = self._folder / f".{name}.{os.getpid()}.partial"
@@ -176,65 +187,28 @@ class ShardWriter:
                 raise
 
     @contextlib.contextmanager
-    def _body(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Iterator[BinaryIO]:
+    def _body(self, tensor: PlannedTensor) -> Iterator[Body]:
+        name = tensor.name
         with self._guard():
             if not self._open or name not in self._places:
                 raise ValueError(f"{name!r} is not expected: not planned, written before, or the writer is closed")
             planned, path, offset = self._places[name]
-            if (dtype, shape) != (planned.dtype, planned.shape):
-                raise ValueError(f"{name!r} is {dtype} {shape}, planned was {planned.dtype} {planned.shape}")
-            with path.open("rb+") as file:
+            if tensor != planned:
+                found = f"{tensor.dtype} {tensor.shape}"
+                raise ValueError(f"{name!r} is {found}, planned was {planned.dtype} {planned.shape}")
+            with path.open("rb+", buffering=0) as file:
                 file.seek(offset)
                 yield self._into(path, file, offset)
             del self._places[name]
             self._left[path] -= 1
             if self._finished and not self._left[path]:
                 sync(path)
+                self._hashing.settle()
                 path.rename(self._files[path])
                 self._finished(self._files[path].name, self._digests.pop(path).of(self._files[path]))
 
-    def _into(self, path: Path, file: BinaryIO, offset: int) -> BinaryIO:
-        """The file as it is, or one that hashes what passes where the hashes are wanted."""
-        if self._finished is None:
-            return file
-        return cast(BinaryIO, _Passing(file, self._digests[path], offset, self._aside))
-
-
-@dataclass
-class _Digest:
-    """SHA-256 of a file while it is written from front to back; of one written in another order, once it is whole."""
-
-    sha: Any = field(default_factory=hashlib.sha256)
-    length: int = 0
-    in_order: bool = True
-
-    def add(self, offset: int, data: memoryview | bytes) -> None:
-        """What is written at ``offset``."""
-        self.in_order = self.in_order and offset == self.length
-        if self.in_order:
-            self.sha.update(data)
-            self.length += len(data)
-
-    def of(self, path: Path) -> str:
-        """The digest of the finished file."""
-        return str(self.sha.hexdigest()) if self.in_order else sha256(path)
-
-
-@dataclass
-class _Passing:
-    """A file's ``write``, with a digest of what passes."""
-
-    file: BinaryIO
-    digest: _Digest
-    offset: int
-    aside: ThreadPoolExecutor
-
-    def write(self, data: memoryview | bytes) -> None:
-        """Write all of it; hashing takes as long as writing does, so it is done at the same time."""
-        hashed = self.aside.submit(self.digest.add, self.offset, data)
-        self.offset += len(data)
-        self.file.write(data)
-        hashed.result()
+    def _into(self, path: Path, file: BinaryIO, offset: int) -> Body:
+        return Body(file, offset, self._hashing, self._digests.get(path))
 
 
 def _deal(plan: Sequence[PlannedTensor], max_shard_bytes: int) -> list[list[PlannedTensor]]:
@@ -249,4 +223,4 @@ def _deal(plan: Sequence[PlannedTensor], max_shard_bytes: int) -> list[list[Plan
             size = 0
         shards[-1].append(tensor)
         size += tensor.nbytes
-    return [sorted(shard, key=lambda tensor: -tensor.dtype.itemsize) for shard in shards]
+    return [sorted(shard, key=lambda tensor: -tensor.itemsize) for shard in shards]

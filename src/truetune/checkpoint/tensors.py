@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import BinaryIO
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, BinaryIO
 
 from truetune.checkpoint.header import TensorEntry, damaged, few, read_header
 from truetune.errors import ModelError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-CHUNK_BYTES = 4 << 20
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -80,25 +79,23 @@ def load(entry: TensorEntry) -> Tensor:
     Raises:
         ModelError: the file is gone, can't be read, or has become shorter.
     """
+    import torch
+
     raw = torch.empty(entry.nbytes, dtype=torch.uint8)
     with _reading(entry) as file:
         _fill(entry, file, raw.numpy().data)
     return raw.view(entry.dtype).reshape(entry.shape)
 
 
-def copy_bytes(entry: TensorEntry, out_file: BinaryIO) -> None:
-    """Copy this tensor's bytes to where ``out_file`` stands, a few MiB at a time.
+@contextlib.contextmanager
+def reading(entry: TensorEntry) -> Iterator[Callable[[memoryview], None]]:
+    """Read this tensor's bytes from front to back: each call of what is yielded fills the memory that it is given.
 
     Raises:
         ModelError: as ``load``.
-        OSError: ``out_file`` can't be written.
     """
-    buffer = memoryview(bytearray(min(CHUNK_BYTES, entry.nbytes)))
     with _reading(entry) as file:
-        for start in range(0, entry.nbytes, CHUNK_BYTES):
-            chunk = buffer[: min(CHUNK_BYTES, entry.nbytes - start)]
-            _fill(entry, file, chunk)
-            out_file.write(chunk)
+        yield lambda into: _fill(entry, file, into)
 
 
 def name_in_checkpoint(module_tensor: str, index_keys: Collection[str], prefix: str) -> str | None:

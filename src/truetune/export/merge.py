@@ -13,16 +13,18 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from truetune.checkpoint.header import PlannedTensor, TensorEntry
 from truetune.checkpoint.shards import ShardWriter
-from truetune.checkpoint.tensors import load, open_index, weight_files
+from truetune.checkpoint.tensors import load, open_index, reading, weight_files
 from truetune.errors import ModelError, nearest
 from truetune.export.new_folder import Partial, appearing, check_out, continued, side_contents
 from truetune.ops.allocator import return_freed_memory
+
+if TYPE_CHECKING:  # what copies bytes and folds rows in place needs no torch
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,19 @@ class Edit:
 
 
 @dataclass(frozen=True, slots=True)
+class RowEdit:
+    """A change of one tensor in place, some rows at a time: dtype and shape stay, and it is never held as a whole.
+
+    Args:
+        name: as the base's files call it.
+        apply: changes rows as stored; told the number of the first. Called from the first row to the last.
+    """
+
+    name: str
+    apply: Callable[[int, memoryview], None]
+
+
+@dataclass(frozen=True, slots=True)
 class Addition:
     """A tensor the base doesn't have, such as the head of a model that was tied; made when its turn comes."""
 
@@ -49,6 +64,9 @@ class Addition:
     dtype: torch.dtype
     shape: tuple[int, ...]
     make: Callable[[], Tensor]
+
+
+Change = Edit | RowEdit | Addition
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +85,7 @@ class MergeReport:
 def merge_checkpoint(
     base: Path,
     out: Path,
-    edits: Mapping[str, Edit | Addition],
+    edits: Mapping[str, Change],
     *,
     drop: Collection[str] = (),
     config_updates: Mapping[str, object] | None = None,
@@ -120,16 +138,21 @@ def merge_checkpoint(
         ) as writer,
     ):
         waiting = [tensor.name for tensor in plan if writer.waits_for(tensor.name)]
-        made = _made_ahead([edits[name] for name in waiting if name in edits], entries)
+        whole = [edits[name] for name in waiting if name in edits]
+        made = _made_ahead([edit for edit in whole if not isinstance(edit, RowEdit)], entries)
         for tensor in plan:
-            if tensor.name in edits and writer.waits_for(tensor.name):
-                writer.write(tensor.name, next(made))
-            elif writer.waits_for(tensor.name):
-                writer.write_from(entries[tensor.name])
+            if writer.waits_for(tensor.name):
+                edit = edits.get(tensor.name)
+                if isinstance(edit, RowEdit):
+                    _write_by_rows(writer, tensor, entries[tensor.name], edit)
+                elif edit is not None:
+                    writer.write(tensor.name, next(made))
+                else:
+                    writer.write_from(entries[tensor.name])
             done += tensor.nbytes
             if progress is not None:
                 progress(done, total)
-    edited = sum(isinstance(edit, Edit) for edit in edits.values())
+    edited = sum(not isinstance(edit, Addition) for edit in edits.values())
     added = len(edits) - edited
     return MergeReport(
         len(plan) - len(edits), edited, added, len(set(drop)), total, tuple(sorted(files)), len(partial.kept)
@@ -158,9 +181,9 @@ def _partial(
 
 
 def _check_edits(
-    base: Path, entries: Mapping[str, TensorEntry], edits: Mapping[str, Edit | Addition], drop: Collection[str]
+    base: Path, entries: Mapping[str, TensorEntry], edits: Mapping[str, Change], drop: Collection[str]
 ) -> None:
-    edited = [name for name, edit in edits.items() if isinstance(edit, Edit)]
+    edited = [name for name, edit in edits.items() if not isinstance(edit, Addition)]
     if unknown := [name for name in (*edited, *drop) if name not in entries]:
         # Looking for a neighbour is slow among thousands of names; the first few show what went wrong.
         hints = {name: nearest(name, entries) for name in unknown[:8]}
@@ -173,24 +196,39 @@ def _check_edits(
     for name, edit in edits.items():
         if edit.name != name:
             raise ValueError(f"the edit of {edit.name!r} is filed under {name!r}")
-        if isinstance(edit, Edit) and name in drop:
+        if not isinstance(edit, Addition) and name in drop:
             raise ValueError(f"{name!r} is both edited and dropped")
         if isinstance(edit, Addition) and name in entries and name not in drop:
             raise ValueError(f"{name!r} is added, but the base has it: edit it, or drop it as well")
 
 
 def _plan(
-    entries: Mapping[str, TensorEntry], edits: Mapping[str, Edit | Addition], drop: Collection[str]
+    entries: Mapping[str, TensorEntry], edits: Mapping[str, Change], drop: Collection[str]
 ) -> list[PlannedTensor]:
     """The base's tensors in the order of its files, so that they are read front to back; additions come last."""
-    kept = [entry for entry in entries.values() if entry.name not in drop]
-    plan = []
-    for entry in kept:
-        edit = edits.get(entry.name)
-        shape = edit.shape if isinstance(edit, Edit) and edit.shape else entry.shape
-        plan.append(PlannedTensor(entry.name, (edit and edit.dtype) or entry.dtype, shape))
+    plan = [becomes(entry, edits.get(entry.name)) for entry in entries.values() if entry.name not in drop]
     new = [edit for edit in edits.values() if isinstance(edit, Addition)]
     return plan + [PlannedTensor(edit.name, edit.dtype, edit.shape) for edit in new]
+
+
+def becomes(entry: TensorEntry, edit: Change | None) -> PlannedTensor:
+    """What a tensor of the base is in the result."""
+    if not isinstance(edit, Edit):
+        return PlannedTensor(entry.name, entry.code, entry.shape)
+    return PlannedTensor(entry.name, edit.dtype or entry.code, edit.shape or entry.shape)
+
+
+def _write_by_rows(writer: ShardWriter, tensor: PlannedTensor, entry: TensorEntry, edit: RowEdit) -> None:
+    unit, row = tensor.nbytes // max(1, tensor.shape[0]), 0
+    with reading(entry) as read:
+
+        def fill(rows: memoryview) -> None:
+            nonlocal row
+            read(rows)
+            edit.apply(row, rows)
+            row += len(rows) // unit
+
+        writer.write_pieces(tensor, fill, unit=max(1, unit))
 
 
 def _made_ahead(edits: Sequence[Edit | Addition], entries: Mapping[str, TensorEntry]) -> Iterator[Tensor]:

@@ -5,8 +5,8 @@ Three tiers, each with the same names and signatures:
 - ``reference``: plain torch, in closed form. Every operation has it, on any device, in float64 too.
 - ``native``: C, compiled on first use (``ops/native``); dense CPU tensors in float32 or bfloat16. It has RMS norm and
   layer norm, gated activations, counter-based dropout, softmax cross-entropy, attention over packed segments,
-  block-wise quantisation to 4 and 8 bits, 8-bit optimizers, and on CPUs with a tile unit (AMX) products of int8 codes
-  and those with a rank.
+  block-wise quantisation to 4 and 8 bits, 8-bit optimizers, low-rank updates folded into a weight, and on CPUs with a
+  tile unit (AMX) products of int8 codes and those with a rank.
 - ``triton``: not there yet.
 
 ``TRUETUNE_KERNELS=reference|native|triton|auto`` chooses. ``auto``, the default, runs the native version wherever there
@@ -22,19 +22,18 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
 
 from truetune.errors import ConfigError, nearest
 from truetune.ops.native import library
 from truetune.ops.native.build import INSTRUCTION_SETS
 from truetune.ops.native.library import Library
 
+if TYPE_CHECKING:  # a merge needs kernels, and no torch
+    from torch import Tensor
+
 VARIABLE = "TRUETUNE_KERNELS"
 CHOICES = ("reference", "native", "triton", "auto")
-_DTYPES = (torch.float32, torch.bfloat16)
-_PLAIN = (Tensor, nn.Parameter)  # a subclass may hold no memory of its own, or not where it seems
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,12 @@ def native(*tensors: Tensor) -> Library | None:
     Raises:
         ConfigError: on the first call, if ``TRUETUNE_KERNELS`` asks for what is not to be had.
     """
+    import torch
+
+    dtypes = (torch.float32, torch.bfloat16)
+    plain = (torch.Tensor, torch.nn.Parameter)  # a subclass may hold no memory of its own, or not where it seems
     for tensor in tensors:
-        fits = tensor.is_cpu and tensor.dtype in _DTYPES and tensor.layout is torch.strided and type(tensor) in _PLAIN
+        fits = tensor.is_cpu and tensor.dtype in dtypes and tensor.layout is torch.strided and type(tensor) in plain
         if not fits:
             return None
     if torch.compiler.is_compiling():
@@ -64,6 +67,15 @@ def native(*tensors: Tensor) -> Library | None:
     if chosen is not None:
         chosen.use_threads(torch.get_num_threads())
     return chosen
+
+
+def library_here() -> Library | None:
+    """The library, if the native tier is chosen, for what works on plain memory; it imports no torch.
+
+    Raises:
+        ConfigError: as ``native``.
+    """
+    return _current().library
 
 
 def describe() -> str:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from truetune.ops import dispatch
+from truetune.ops.native import fold as native
+from truetune.ops.scale import scale as scale
 from truetune.ops.threads import one_thread
 
 _ROWS = 1024  # of a weight that are wide at a time
 _CACHED = 1 << 17  # values of a weight that are merged at a time: twice half a megabyte in float32
 _EXACT, _SPARE, _ITERATIONS = 1024, 16, 8
-
-
-def scale(alpha: float, rank: int, *, rank_stabilised: bool) -> float:
-    """s = alpha / r, or alpha / sqrt(r) when rank-stabilised (Kalajdzievski 2023, arXiv:2312.03732)."""
-    return alpha / (math.sqrt(rank) if rank_stabilised else rank)
 
 
 def linear(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -59,6 +55,13 @@ def fold(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
     a, b = a.detach().to(wide), b.detach().to(wide)
+    if (library := dispatch.native(weight)) is not None and a.is_cpu and b.is_cpu and weight.numel():
+        merged = weight.detach().clone(memory_format=torch.contiguous_format)
+        a, b = a.contiguous(), b.contiguous()
+        factors = native.Factors(a.data_ptr(), b.data_ptr(), len(a), a.shape[1], scale)
+        dtype = str(weight.dtype).removeprefix("torch.")
+        native.fold(library, merged.data_ptr(), len(merged), factors, dtype=dtype)
+        return merged
     # Some rows at a time: they stay in the cache, and fresh pages for whole matrices cost more than the arithmetic.
     rows = max(1, _CACHED // max(1, weight.shape[1]))
     merged = torch.empty_like(weight, memory_format=torch.contiguous_format, requires_grad=False)

@@ -10,7 +10,6 @@ from typing import Any
 import truetune
 from truetune.adapters import files, tensors
 from truetune.adapters.bank import Bank
-from truetune.adapters.base import LowRankUpdate
 from truetune.adapters.combine import Combination
 from truetune.adapters.composed import attachment_of, layers_of
 from truetune.adapters.files import AdapterFile
@@ -19,6 +18,7 @@ from truetune.adapters.peft_config import to_peft
 from truetune.adapters.stack import check_additive, combined_updates, tied_of
 from truetune.checkpoint.atomic import atomic_folder, sha256
 from truetune.config.merge import MergeConfig
+from truetune.config.methods import METHODS
 from truetune.errors import AdapterError, ConfigError
 from truetune.export.new_folder import check_out
 from truetune.models import load
@@ -77,12 +77,13 @@ def combined(config: MergeConfig, parents: Mapping[str, AdapterFile], model_conf
     bank = Bank(model)
     helds = {name: bank.add(name, file) for name, file in parents.items()}
     for name, held in helds.items():
+        _check_mergeable(held, name)
         check_additive(held, name)
         _check_parts(held, name)
     tied = tied_of(helds)
     combination = Combination(config.combine, config.rank, 0.5 if config.density is None else config.density)
     updates = combined_updates(
-        {name: _updates(held, parents[name]) for name, held in helds.items()},
+        {name: tensors.file_updates(held.layers, parents[name].tensors) for name, held in helds.items()},
         config.weights, combination, seed=config.seed,
     )  # fmt: skip
     bases = {path: place.base for path, place in bank.places.items()}
@@ -99,6 +100,15 @@ def combined(config: MergeConfig, parents: Mapping[str, AdapterFile], model_conf
     return AdapterFile(Path(" + ".join(config.adapter)), settings, tensors.to_file(model), card)
 
 
+def _check_mergeable(held: Held, name: str) -> None:
+    kind = held.attachment.config.kind
+    if not METHODS[kind].mergeable:
+        raise AdapterError(
+            f"{name} was made by {kind}, which does not fold into weights",
+            ("way out", "serve it beside its base: truetune generate --model BASE --adapter DIR"),
+        )
+
+
 def _check_parts(held: Held, name: str) -> None:
     if held.parts:
         parts = ", ".join(dict.fromkeys(part.name for part in held.parts))
@@ -107,17 +117,6 @@ def _check_parts(held: Held, name: str) -> None:
             f"{name} holds parts of the base that were trained in full ({modules or parts}): no low-rank update",
             ("way out", "truetune.set_adapter(model, [...], weights=[...]) adds them up on a loaded model"),
         )
-
-
-def _updates(held: Held, file: AdapterFile) -> dict[str, LowRankUpdate]:
-    """Those of a skeleton's layers, with the tensors of the file."""
-    found = {}
-    for path, layer in held.layers.items():
-        own = {suffix: file.tensors[tensors.key_of(path, layer, suffix)] for suffix, _ in layer.adapter_parameters()}
-        update = layer.update(own)
-        if update is not None:
-            found[path] = update
-    return found
 
 
 def _card(

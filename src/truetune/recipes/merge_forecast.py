@@ -11,18 +11,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from truetune.adapters import files
+from truetune.adapters.names import CARD, CONFIG, WEIGHTS
 from truetune.checkpoint.atomic import sha256
 from truetune.checkpoint.disk import existing, require_space, writing
-from truetune.checkpoint.header import TensorEntry
+from truetune.checkpoint.header import PlannedTensor, TensorEntry
 from truetune.checkpoint.tensors import open_index
-from truetune.export.merge import Addition, Edit
+from truetune.export.merge import Addition, Change, RowEdit, becomes
 from truetune.train.memory import resident_mb
 
 _PROBE_BYTES = 32 << 20
 _WORTH_A_PROBE = 2e9  # bytes of a model; below, the probe would take longer than what it foretells is worth
 _USUAL_RATE = 0.6e9  # bytes per second read, hashed and written, where nothing was probed
 _FOLD_RATE = 2.5e8  # values per second that a low-rank product is added to, one thread
+_STREAMED = 16e6  # bytes that are held where rows are changed as they pass: buffers, and the factors of one layer
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Forecast:
         return f"needs {_size(self.ram_mb)} of memory, {_size(self.disk_mb)} of disk, {_duration(self.seconds)}"
 
 
-def forecast(base: Path, out: Path, edits: Mapping[str, Edit | Addition], *, packed: bool) -> Forecast:
+def forecast(base: Path, out: Path, edits: Mapping[str, Change], *, packed: bool) -> Forecast:
     """Foretell a merge.
 
     Args:
@@ -48,24 +49,24 @@ def forecast(base: Path, out: Path, edits: Mapping[str, Edit | Addition], *, pac
     entries = open_index(base)
     total = sum(entry.nbytes for entry in entries.values()) + _growth(edits, entries)
     edited = [entries[name] for name in edits if name in entries]
-    largest = max((entry.nbytes for entry in edited), default=0)
-    widest = max((math.prod(entry.shape) for entry in edited), default=0)
-    held = 3 * largest + (8 * widest if packed else 0)
+    whole = [entry for entry in edited if not isinstance(edits[entry.name], RowEdit)]
+    largest = max((entry.nbytes for entry in whole), default=0)
+    widest = max((math.prod(entry.shape) for entry in whole), default=0)
+    held = _STREAMED + 3 * largest + (8 * widest if packed else 0)
     require_space(out, total)
     seconds = total / _rate(out, total) + sum(math.prod(entry.shape) for entry in edited) / _FOLD_RATE
     return Forecast(resident_mb() + held / 1e6, total / 1e6, seconds)
 
 
-def _growth(edits: Mapping[str, Edit | Addition], entries: Mapping[str, TensorEntry]) -> int:
+def _growth(edits: Mapping[str, Change], entries: Mapping[str, TensorEntry]) -> int:
     """Bytes that the merged model has more than its base: a layer that was packed is written dense."""
     after = 0
     for name, edit in edits.items():
-        before = entries.get(name)
-        if before is None:
-            after += math.prod(edit.shape or ()) * (edit.dtype.itemsize if edit.dtype else 0)
+        if isinstance(edit, Addition):
+            planned = PlannedTensor(name, edit.dtype, edit.shape)
         else:
-            shape, dtype = edit.shape or before.shape, edit.dtype or before.dtype
-            after += math.prod(shape) * dtype.itemsize - before.nbytes
+            planned = becomes(entries[name], edit)
+        after += planned.nbytes - (entries[name].nbytes if name in entries else 0)
     return after
 
 
@@ -73,7 +74,7 @@ def identity_of(adapters: Sequence[Path], settings: str) -> str:
     """What decides the content of a merged model beside the base: the adapters' files, and how they are merged."""
     digest = hashlib.sha256(settings.encode())
     for folder in adapters:
-        for name in (files.CONFIG, files.WEIGHTS, files.CARD):
+        for name in (CONFIG, WEIGHTS, CARD):
             if (folder / name).is_file():
                 digest.update(json.dumps([name, sha256(folder / name)]).encode())
     return digest.hexdigest()

@@ -19,7 +19,8 @@ from truetune.errors import AdapterError, ConfigError
 from truetune.export.fold import Fold, check_plain, fold
 from truetune.export.onto import Drift, on_quantised, recipe_of, stored_packed, unpacked
 from truetune.models import load
-from truetune.models.outline import PlainConfig, outline, plain_config
+from truetune.models.by_files import PlainConfig, plain_config
+from truetune.models.outline import outline
 from truetune.quant.replace import linear_layers, quantisable
 from truetune.recipes.new_tokens import vocabulary_update
 
@@ -45,7 +46,7 @@ def config_of(config: MergeConfig, file: files.AdapterFile, base: Path) -> Any:
     """
     settings = file.settings
     packs = config.combines or config.recipe() or recipe_of(file.card)
-    if settings.kind == "lora" and not settings.token_rows and not packs:
+    if settings.kind == "lora" and not (settings.token_rows or packs or file.beneath):
         found = plain_config(base, open_index(base))
         if found is not None:
             return found

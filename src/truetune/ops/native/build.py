@@ -16,9 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from truetune.config.cache import cache_folder
+from truetune.ops.native import cpu
 
 _log = logging.getLogger(__name__)
 
@@ -44,25 +43,15 @@ class InstructionSet:
     """Whether this CPU can run what these flags produce."""
 
 
-def _capability(*levels: str) -> bool:
-    """Whether torch's own kernels use one of these levels: it asks the CPU, and obeys ATEN_CPU_CAPABILITY."""
-    return torch.backends.cpu.get_cpu_capability() in levels
-
-
-def _has(*features: str) -> bool:
-    """Whether the CPU has what torch calls ``torch.cpu._is_<feature>_supported``; False where torch can't tell."""
-    return all(getattr(torch.cpu, f"_is_{feature}_supported", bool)() for feature in features)
-
-
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c")
 _BF16 = (*_AVX512, "-mavx512bf16")
 _AMX = (*_BF16, "-mamx-tile", "-mamx-bf16")  # each CPU with tiles multiplies bfloat16 in them
 
 INSTRUCTION_SETS = (
-    InstructionSet("amx", _AMX, lambda: _capability("AVX512") and _has("avx512_bf16", "amx_tile")),
-    InstructionSet("avx512_bf16", _BF16, lambda: _capability("AVX512") and _has("avx512_bf16")),
-    InstructionSet("avx512", _AVX512, lambda: _capability("AVX512")),
-    InstructionSet("avx2", ("-mavx2", "-mfma", "-mf16c"), lambda: _capability("AVX512", "AVX2")),
+    InstructionSet("amx", _AMX, lambda: cpu.level() == "avx512" and cpu.has("avx512_bf16", "amx_tile", "amx_bf16")),
+    InstructionSet("avx512_bf16", _BF16, lambda: cpu.level() == "avx512" and cpu.has("avx512_bf16")),
+    InstructionSet("avx512", _AVX512, lambda: cpu.level() == "avx512"),
+    InstructionSet("avx2", ("-mavx2", "-mfma", "-mf16c"), lambda: cpu.level() in ("avx512", "avx2")),
     # What every CPU of the platform has: SSE2 on x86, NEON on arm64.
     InstructionSet("generic", (), lambda: True),
 )

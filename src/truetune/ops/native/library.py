@@ -1,13 +1,15 @@
-"""The compiled library in this process: loaded once per instruction set, on the threads that torch already has."""
+"""The compiled library in this process: loaded once per instruction set, on the threads that torch already has.
+
+It serves a process without torch too, on the thread that calls it.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from functools import cache
 from pathlib import Path
-
-import torch
 
 from truetune.ops.native.build import INSTRUCTION_SETS, BuildError, InstructionSet, built
 
@@ -23,16 +25,16 @@ class Library:
     def __init__(self, isa: str, functions: ctypes.CDLL) -> None:
         self.isa = isa
         self.functions = functions
-        self._runtime = _gomp_parallel()
-        self._threads = 0
+        self._threads = 1
         functions.tt_set_threads.argtypes = (ctypes.c_void_p, ctypes.c_int32)
         functions.tt_set_threads.restype = None
-        self.use_threads(torch.get_num_threads())
+        if torch := sys.modules.get("torch"):
+            self.use_threads(torch.get_num_threads())
 
     def use_threads(self, threads: int) -> None:
         """Split work over as many threads as torch uses; costs nothing while the number stays the same."""
         if threads != self._threads:
-            self.functions.tt_set_threads(self._runtime, threads)
+            self.functions.tt_set_threads(_gomp_parallel(), threads)
             self._threads = threads
 
     def __repr__(self) -> str:
@@ -79,11 +81,14 @@ def _opened(entry: InstructionSet) -> ctypes.CDLL:
         return ctypes.CDLL(str(built(entry, afresh=True)))
 
 
+@cache
 def _gomp_parallel() -> int | None:
     """The address of GOMP_parallel in the OpenMP runtime that torch has loaded; None without one."""
     present = getattr(os, "RTLD_NOLOAD", None)
     if present is None:
         return None
+    import torch
+
     beside_torch = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
     for name in [*map(str, beside_torch), None]:  # None: all that the process has made public
         try:

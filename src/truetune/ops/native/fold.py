@@ -1,0 +1,63 @@
+"""W + s B A in C, on plain addresses: a merge that streams through buffers has no tensors, and imports no torch."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+
+from truetune.ops.native.library import Library
+
+CODE = {"float32": 0, "bfloat16": 1}
+"""What W may be stored as: TT_FLOAT32 and TT_BFLOAT16 of simd.h."""
+
+_P, _I64, _I32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """s B A by where it lies: A [rank, columns] and B [rows, rank], both in float32 and dense."""
+
+    a: int
+    b: int
+    rank: int
+    columns: int
+    scale: float
+
+
+@cache
+def _functions(library: Library) -> ctypes.CDLL:
+    functions = library.functions
+    functions.tt_fold.argtypes = (*[_P] * 3, *[_I64] * 3, ctypes.c_float, _I32)
+    functions.tt_wide.argtypes = (_P, _P, _I64, _I32)
+    functions.tt_fold.restype = functions.tt_wide.restype = None
+    return functions
+
+
+def fold(library: Library, weight: int, rows: int, factors: Factors, *, dtype: str, first: int = 0) -> None:
+    """Add s B A to rows of W, in place; the sum is formed in float32 and rounded once, to the nearest even.
+
+    Args:
+        weight: where the first of these rows starts; they are dense.
+        rows: how many there are.
+        dtype: of W, one of ``CODE``.
+        first: which row of the whole W, and of B, the first one is.
+    """
+    b = factors.b + 4 * first * factors.rank
+    sizes = (rows, factors.columns, factors.rank)
+    _functions(library).tt_fold(weight, factors.a, b, *sizes, factors.scale, CODE[dtype])
+
+
+def wide(library: Library, raw: bytearray, *, dtype: str) -> bytearray:
+    """Numbers in float32, from memory that holds them as ``dtype``; the same memory where they are wide already."""
+    if dtype == "float32":
+        return raw
+    count = len(raw) // 2
+    found = bytearray(4 * count)
+    _functions(library).tt_wide(address(found), address(raw), count, CODE[dtype])
+    return found
+
+
+def address(memory: bytearray | memoryview) -> int:
+    """Where writable memory starts; it must be kept alive, and not empty."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
