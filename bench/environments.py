@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from bench.report import say
+
 PEERS = Path(__file__).parent / "peers"
 SCRIPTS = {"peft": "peft_trainer.py", "litgpt": "litgpt_lora.py", "ms-swift": "ms_swift.py"}
 _ASK = "import importlib.metadata as m, json, sys; print(json.dumps({n: m.version(n) for n in sys.argv[1:]}))"
@@ -52,9 +54,16 @@ def other_versions(name: str, found: dict[str, str]) -> list[str]:
 def install(folder: Path, name: str) -> None:
     """Make the environment with this interpreter; pip takes its indexes from the user's own settings.
 
-    Raises:
-        subprocess.CalledProcessError: pip or venv failed, and has said why.
+    Where that fails, pip or venv has said why, and ``versions`` will find none.
     """
+    say(f"installing {name} into {folder / name}")
+    try:
+        _install(folder, name)
+    except subprocess.CalledProcessError as error:
+        say(f"error: {name} can't be installed: {error}")
+
+
+def _install(folder: Path, name: str) -> None:
     subprocess.run([sys.executable, "-m", "venv", str(folder / name)], check=True)
     pip = [str(python_of(folder, name)), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, "-r", str(PEERS / f"{name}.txt")], check=True, stdout=sys.stderr)

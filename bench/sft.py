@@ -9,19 +9,17 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, fields
-from datetime import datetime
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench import environments, report
-from bench.measure import WARM_STEPS, Outcome, Setting, medians
-from bench.report import OURS
-from bench.runs import ROOT, FailedRunError, Runs, data_file, environment
+from bench import environments, flags, report
+from bench.measure import WARM_STEPS, Outcome, medians
+from bench.report import OURS, say
+from bench.runs import FailedRunError, Runs, data_file, environment
 from bench.shapes import SHAPES
 
 
@@ -38,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     options.work.mkdir(parents=True, exist_ok=True)
     runs = Runs(
-        setting=Setting(**{item.name: getattr(options, item.name) for item in fields(Setting)}), work=options.work,
+        setting=flags.setting_of(options), work=options.work,
         environments=options.environments, data=data_file(options.data, options.work), recompute=options.recompute,
         env=environment(options.work, options.threads),
     )  # fmt: skip
@@ -49,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 3
     facts["peers"] = found
     if not options.json:
-        print(report.table(outcomes))
+        print(report.table(outcomes, ceiling=facts["ceiling_tok_s"]))
     print(json.dumps(facts))
     return 0
 
@@ -98,43 +96,18 @@ def measure(runs: Runs, peers: list[str], rounds: int) -> tuple[dict[str, Outcom
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags, checked; ``environments`` is filled in."""
     parser = argparse.ArgumentParser(prog="python -m bench.sft", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--peers", type=_peers, default=[], help=f"of {','.join(environments.SCRIPTS)}")
-    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--dropout", type=float, default=0.05)
-    parser.add_argument("--rank", type=int, default=8, help="alpha is twice the rank")
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--max-length", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=12, help=f"the first {WARM_STEPS} are not timed")
+    parser.add_argument(
+        "--peers", type=flags.names_of(environments.SCRIPTS), default=[], help=f"of {','.join(environments.SCRIPTS)}"
+    )
+    flags.add_setting(parser)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--lr", type=float, default=2e-4)
-    parser.add_argument("--data", type=Path, help="alpaca rows, json or jsonl")
     parser.add_argument("--recompute", help="handed to truetune alone")
-    parser.add_argument("--threads", type=int, help="of every process (default: each system's own choice)")
-    parser.add_argument("--work", type=Path, default=ROOT / "out-bench", help="models, rows, runs, environments")
-    parser.add_argument("--environments", type=Path, help="folder with an environment per peer, by the peer's name")
+    flags.add_places(parser, environments="folder with an environment per peer, by the peer's name")
     parser.add_argument("--install", action="store_true", help="make the environments that are missing")
-    parser.add_argument("--json", action="store_true", help="the last line alone, without the table")
     options = parser.parse_args(argv)
-    if options.steps <= WARM_STEPS or options.rounds < 1:
-        parser.error(f"--steps: more than {WARM_STEPS}, --rounds: at least 1")
-    if options.data and not options.data.is_file():
-        parser.error(f"--data: no file {options.data}")
-    options.work = options.work.resolve()
-    options.environments = (options.environments or options.work / "environments").absolute()
+    flags.check_setting(parser, options)
+    flags.settle_places(options)
     return options
-
-
-def say(text: str) -> None:
-    """A line of progress."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def _peers(text: str) -> list[str]:
-    names = list(dict.fromkeys(name for name in text.split(",") if name))
-    if unknown := [name for name in names if name not in environments.SCRIPTS]:
-        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: known are {', '.join(environments.SCRIPTS)}")
-    return names
 
 
 def _environments(options: argparse.Namespace) -> dict[str, dict[str, str] | None]:
@@ -143,12 +116,8 @@ def _environments(options: argparse.Namespace) -> dict[str, dict[str, str] | Non
     for peer in options.peers:
         versions = environments.versions(options.environments, peer)
         if versions is None and options.install:
-            say(f"installing {peer} into {options.environments / peer}")
-            try:
-                environments.install(options.environments, peer)
-                versions = environments.versions(options.environments, peer)
-            except subprocess.CalledProcessError as error:
-                say(f"error: {peer} can't be installed: {error}")
+            environments.install(options.environments, peer)
+            versions = environments.versions(options.environments, peer)
         if versions and (others := environments.other_versions(peer, versions)):
             say(f"warning: {peer} is not as pinned: {', '.join(others)}")
         found[peer] = versions
@@ -175,18 +144,18 @@ def _facts(
     least = SHAPES[runs.setting.shape].flops_per_token(trained / tokens)
     # The highest of all rounds: what the machine can do is what it did once.
     gflops = max(one["gflops"] for one in ceilings)
+    ceiling = gflops * 1e9 / least
     return {
         "bench": "sft",
-        **report.figures(outcomes, peers, flops_per_token=least, gflops=gflops),
+        **report.figures(outcomes, peers, ceiling=ceiling),
         **asdict(runs.setting),
         "recompute": runs.recompute,
         "trained_share": round(trained / tokens, 3),
         "data": runs.data.name,
         "ceiling_gflops": gflops,
+        "ceiling_tok_s": round(ceiling, 1),
         "threads": ceilings[-1]["threads"],
-        "torch": ceilings[-1]["torch"],
-        "cpu": report.cpu_name(),
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        **report.conditions(),
     }
 
 

@@ -32,6 +32,7 @@ from truetune.train.step import accumulate, update
 NAMES = ("llama", "gpt2", "bigcode", "bloom")
 BASES = ("float32", "bfloat16", "int8", "nf4")
 EACH = [*itertools.product(NAMES, BASES)]
+ROUGH = 0.05
 CLOSE = 1e-5  # float32, of the largest logit: another order of summation; up to 1e-6 was seen
 
 
@@ -89,8 +90,9 @@ def check(name: str, form: str, config: AdapterConfig, folder: Path, *, lr: floa
     files.load(again, files.read(folder))
     if form != "bfloat16":  # there, parts that are trained are in float32 and are rounded when they are loaded
         assert torch.equal(logits(again), live)
-    if form in ("float32", "nf4"):  # the products of int8 round what comes in as well
-        assert distance(logits(merged(name, form, model)), live) <= CLOSE
+    # The products of int8 round what comes in as well, and bf16 what is merged.
+    folded = merged(name, form, model)
+    assert distance(logits(folded), live) <= (CLOSE if form in ("float32", "nf4") else ROUGH)
     check_padding(again, form)
 
 

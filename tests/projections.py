@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from truetune.ops.dropout import lanes
 from truetune.ops.frozen import FrozenLinear
-from truetune.ops.projection import PLAIN, Gated, Group, Normed, Projection, Source, project
+from truetune.ops.projection import Group, Projection, project
+from truetune.ops.source import PLAIN, Gated, Normed, Source
 
 SITE, DROPPED, EPS = 7, 0.4, 1e-5
 # Of each projection (rank of its low-rank path or 0, has a bias, is stored as [in, out]).

@@ -17,7 +17,7 @@ from truetune.adapters.inject import attach, attachment
 from truetune.adapters.virtual import virtual_ids
 from truetune.config.adapter import AdapterConfig
 from truetune.data.plan import StepPlan
-from truetune.generate.answer import Sampling, answer_all
+from truetune.generate.answer import answer_all
 from truetune.models.forward import Path as Way
 from truetune.models.forward import prepared
 from truetune.models.fused import Recompute
@@ -25,7 +25,7 @@ from truetune.models.survey import survey
 from truetune.optim.adamw import adamw
 from truetune.train.step import accumulate, update
 
-GREEDY = Sampling(max_new_tokens=6)
+NEW = 6
 
 
 def behind(model: nn.Module, ids: Tensor) -> Tensor:
@@ -124,8 +124,8 @@ def check_generation(model: PreTrainedModel, *, exact: bool) -> None:
         found = torch.stack([first.logits[row, -1], second.logits[row, -1]])
         assert distance(found, alone[-2:]) <= (CLOSE if exact else 0.05)
     if exact:
-        together = answer_all(model, prompts, stop_ids=frozenset(), sampling=GREEDY)
-        singly = [answer_all(model, [p], stop_ids=frozenset(), sampling=GREEDY)[0] for p in prompts]
+        together = answer_all(model, prompts, stop_ids=frozenset(), longest=NEW)
+        singly = [answer_all(model, [p], stop_ids=frozenset(), longest=NEW)[0] for p in prompts]
         assert together == singly
         taught = text_logits(model, torch.tensor([[*prompts[0], *singly[0]]]))[0]
         assert taught[len(prompts[0]) - 1 : -1].argmax(-1).tolist() == singly[0]

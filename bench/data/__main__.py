@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import environments
+from bench.report import say
 from bench.runs import ALPACA, NOT_FOR_PEERS, OFFLINE, ROOT, FailedRunError
 
 PEER = "datasets"
@@ -101,7 +102,7 @@ def measure(options: argparse.Namespace, python: Path | None) -> dict[str, Any]:
     model, data = _model(work, options.tokenizer), work / "rows.jsonl"
     write_rows(options.data, data, count=options.rows)
     found: dict[str, list[dict[str, Any]]] = {}
-    second = []
+    second: list[dict[str, Any]] = []
     for turn in range(options.rounds):
         task = {"model": str(model), "data": str(data), "length": options.length}
         cache = work / f"cache-{turn}"
@@ -183,11 +184,6 @@ def table(facts: dict[str, Any]) -> str:
     lines = [f"{name:<20} {value:>10,.0f} rows/s" for name, value in facts["rows_s"].items()]
     return "\n".join([*lines, f"{'second start':<20} {facts['second_start_s']:>10.2f} s",
                       f"{'fill':<20} {facts['fill']:>10.1%}"])  # fmt: skip
-
-
-def say(text: str) -> None:
-    """A line of progress."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def _model(work: Path, tokenizer: Path) -> Path:

@@ -7,20 +7,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.metadata
 import json
-import os
-import sys
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from bench import environments, report
+from bench import environments, flags, report
 from bench.methods.pairs import METHODS, Setting
 from bench.methods.turns import Bench, Found, files, steps
 from bench.methods.verdict import figures, missed, table
-from bench.runs import KEEP_FREED_MEMORY, NOT_FOR_PEERS, ROOT, environment
+from bench.report import say
+from bench.runs import KEEP_FREED_MEMORY, NOT_FOR_PEERS, environment
 from bench.shapes import SHAPES, Shape
 
 PEER = "peft"
@@ -67,17 +64,16 @@ def facts_of(found: Sequence[Found], bench: Bench, options: argparse.Namespace) 
         "shape_name": options.shape,
         "details": {one.name: one.rounds for one in found},
         "threads": options.threads,
-        "load_average": [round(one, 2) for one in os.getloadavg()],
-        "torch": importlib.metadata.version("torch"),
-        "cpu": report.cpu_name(),
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        **report.conditions(),
     }
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags, checked; ``environments`` is filled in."""
     parser = argparse.ArgumentParser(prog="python -m bench.methods", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--methods", type=_methods, default=list(METHODS), help=f"of {','.join(METHODS)}")
+    parser.add_argument(
+        "--methods", type=flags.names_of(METHODS), default=list(METHODS), help=f"of {','.join(METHODS)}"
+    )
     parser.add_argument("--peers", choices=(PEER, "none"), default=PEER, help="whether to run it beside us")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=1.0, help="that a system's steps are measured for, each round")
@@ -94,9 +90,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="of every process")
     parser.add_argument("--files", action=argparse.BooleanOptionalAction, default=True,
                         help="also save and load an adapter of Llama-2-7B's shape")  # fmt: skip
-    parser.add_argument("--work", type=Path, default=ROOT / "out-bench", help="what processes say, environments")
-    parser.add_argument("--environments", type=Path, help=f"folder with {PEER}/, an environment; else this one's")
-    parser.add_argument("--json", action="store_true", help="the last line alone, without the table")
+    flags.add_places(parser, environments=f"folder with {PEER}/, an environment; else this one's")
     options = parser.parse_args(argv)
     for flag in ("rounds", "layers", "rows", "rank", "threads"):
         if getattr(options, flag) < 1:
@@ -104,14 +98,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if options.tokens < 2 or options.vocab < 3:
         parser.error("--tokens: at least 2, --vocab: at least 3")
     options.peers = options.peers != "none"
-    options.work = options.work.resolve()
-    options.environments = (options.environments or options.work / "environments").absolute()
+    flags.settle_places(options)
     return options
-
-
-def say(text: str) -> None:
-    """A line of progress."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def _bench(options: argparse.Namespace, python: Path | None) -> Bench:
@@ -127,13 +115,6 @@ def _bench(options: argparse.Namespace, python: Path | None) -> Bench:
         setting=setting, env=env, peer_env=peer_env, python=python, folder=options.work / "runs-methods",
         rounds=options.rounds, seconds=options.seconds, say=say,
     ).with_dtype()  # fmt: skip
-
-
-def _methods(text: str) -> list[str]:
-    names = list(dict.fromkeys(name for name in text.split(",") if name))
-    if unknown := [name for name in names if name not in METHODS]:
-        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: known are {', '.join(METHODS)}")
-    return names
 
 
 if __name__ == "__main__":

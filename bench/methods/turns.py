@@ -10,14 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from bench.methods.pairs import Pair, Setting, pairs
-from bench.quant.workers import Answers, Worker
 from bench.report import OURS
-from bench.runs import FailedRunError
+from bench.workers import Answers, Asked, Worker, by_turns
 
 PEER, LORA = "peft", "truetune lora"
 FILES = "files"
-Asked = dict[str, tuple[Worker, str, dict[str, Any]]]
-"""System → who to ask, for which job, with which arguments."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +84,7 @@ def steps(bench: Bench, method: str) -> Found:
     pair, setting = known[method], asdict(bench.setting)
     found = Found(method, tokens=bench.setting.rows * bench.setting.tokens)
     with contextlib.ExitStack() as stack:
-        asked: Asked = {OURS: _of_ours(bench, stack, method, pair, setting)}
+        asked: dict[str, Asked] = {OURS: _of_ours(bench, stack, method, pair, setting)}
         if bench.python is not None and pair.peft is not None:
             kind, arguments = pair.peft
             worker = stack.enter_context(bench.theirs(f"{method}-peft"))
@@ -106,7 +103,7 @@ def files(bench: Bench, shape: Mapping[str, Any], rank: int) -> Found:
         sides = {OURS: stack.enter_context(bench.ours(FILES))}
         if bench.python is not None:
             sides[PEER] = stack.enter_context(bench.theirs(f"{FILES}-peft"))
-        asked: Asked = {
+        asked: dict[str, Asked] = {
             f"{system} {job}": (worker, job, of) for system, worker in sides.items() for job in ("save", "load")
         }
         _by_turns(bench, asked, found)
@@ -115,28 +112,22 @@ def files(bench: Bench, shape: Mapping[str, Any], rank: int) -> Found:
 
 def _of_ours(
     bench: Bench, stack: contextlib.ExitStack, method: str, pair: Pair, setting: dict[str, Any], beside: str = ""
-) -> tuple[Worker, str, dict[str, Any]]:
+) -> Asked:
     worker = stack.enter_context(bench.ours(f"{beside or method}-{method}" if beside else method))
     return worker, "step", {
         "method": method, "settings": pair.ours, "setting": setting, "biased": pair.needs_biases
     }  # fmt: skip
 
 
-def _by_turns(bench: Bench, asked: Asked, found: Found) -> None:
-    """One round after the other, and in each every system; who fails is left out from there on."""
-    found.rounds = {system: [] for system in asked}
-    for turn in range(1, bench.rounds + 1):
-        for system in list(found.rounds):
-            worker, job, of = asked[system]
-            try:
-                answer = worker.ask(job, of, seconds=bench.seconds)
-            except FailedRunError as error:
-                found.not_run[system] = str(error)
-                del found.rounds[system]
-                bench.say(f"not run: {found.name}, {system}: {error}")
-                continue
-            found.rounds[system].append(answer)
-            bench.say(
-                f"round {turn}/{bench.rounds}  {found.name:<14}{system:<16}"
-                f"{answer['cpu_seconds'] * 1e3:9,.1f} ms of the processor"
-            )
+def _by_turns(bench: Bench, asked: Mapping[str, Asked], found: Found) -> None:
+    """Note what ``by_turns`` finds, and say it."""
+
+    def told(turn: int, system: str, answer: dict[str, Any]) -> None:
+        bench.say(
+            f"round {turn}/{bench.rounds}  {found.name:<14}{system:<16}"
+            f"{answer['cpu_seconds'] * 1e3:9,.1f} ms of the processor"
+        )
+
+    found.rounds = by_turns(asked, rounds=bench.rounds, seconds=bench.seconds, not_run=found.not_run, told=told)
+    for system, why in found.not_run.items():
+        bench.say(f"not run: {found.name}, {system}: {why}")

@@ -7,25 +7,21 @@ not. The last line is JSON.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
-from datetime import datetime
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench import environments, report
-from bench.measure import WARM_STEPS, Setting
+from bench import environments, flags, report
 from bench.quant import kernels
 from bench.quant.big import big
 from bench.quant.findings import PEER, Bench, Findings, missed, table
 from bench.quant.load import load
 from bench.quant.step import step
-from bench.runs import NOT_FOR_PEERS, ROOT, FailedRunError, data_file, environment
+from bench.report import say
+from bench.runs import NOT_FOR_PEERS, FailedRunError, data_file, environment
 from bench.shapes import SHAPES
 
 PARTS: dict[str, Callable[[Bench], Findings]] = {
@@ -86,20 +82,19 @@ def facts_of(found: dict[str, Findings], options: argparse.Namespace) -> dict[st
         "weights": [f"{rows}x{columns}" for rows, columns in options.weights],
         "values": options.values,
         "load_shape": options.load_shape,
-        **asdict(_setting(options)),
+        **asdict(flags.setting_of(options)),
         "details": {part: one.details for part, one in found.items()},
         "threads": int(environment(options.work, options.threads).get("OMP_NUM_THREADS") or os.cpu_count() or 1),
-        "load_average": [round(one, 2) for one in os.getloadavg()],
-        "torch": importlib.metadata.version("torch"),
-        "cpu": report.cpu_name(),
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        **report.conditions(),
     }
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags, checked; ``environments`` is filled in."""
     parser = argparse.ArgumentParser(prog="python -m bench.quant", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--parts", type=_parts, default=BY_DEFAULT, help=f"of {','.join(PARTS)}; big takes minutes")
+    parser.add_argument(
+        "--parts", type=flags.names_of(PARTS), default=BY_DEFAULT, help=f"of {','.join(PARTS)}; big takes minutes"
+    )
     parser.add_argument("--peers", choices=(PEER, "none"), default=PEER, help="whether to run it beside us")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=0.3, help="that an operation is measured for, each round")
@@ -107,34 +102,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--values", type=int, default=1 << 21, help="parameters of the optimizer's step")
     parser.add_argument("--limit", default="1.5GB", help="of the part big, for its second run's --max-memory")
     parser.add_argument("--load-shape", choices=SHAPES, default="llama-3.2-1b", help="of the part load")
-    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m", help="of the part step; so are the rest:")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--dropout", type=float, default=0.05)
-    parser.add_argument("--rank", type=int, default=8, help="alpha is twice the rank")
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--max-length", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=12, help=f"the first {WARM_STEPS} are not timed")
-    parser.add_argument("--lr", type=float, default=2e-4)
-    parser.add_argument("--data", type=Path, help="alpaca rows, json or jsonl")
-    parser.add_argument("--threads", type=int, help="of every process (default: each system's own choice)")
-    parser.add_argument("--work", type=Path, default=ROOT / "out-bench", help="models, rows, runs, environments")
-    parser.add_argument("--environments", type=Path, help=f"folder with {PEER}/, an environment; else this one's")
+    flags.add_setting(parser, shape="of the part step; so are the rest:")
+    flags.add_places(parser, environments=f"folder with {PEER}/, an environment; else this one's")
     parser.add_argument("--install", action="store_true", help="make the environment if it is missing")
-    parser.add_argument("--json", action="store_true", help="the last line alone, without the table")
     options = parser.parse_args(argv)
-    if options.steps <= WARM_STEPS or options.rounds < 1:
-        parser.error(f"--steps: more than {WARM_STEPS}, --rounds: at least 1")
-    if options.data and not options.data.is_file():
-        parser.error(f"--data: no file {options.data}")
+    flags.check_setting(parser, options)
     options.peers = options.peers != "none"
-    options.work = options.work.resolve()
-    options.environments = (options.environments or options.work / "environments").absolute()
+    flags.settle_places(options)
     return options
-
-
-def say(text: str) -> None:
-    """A line of progress."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def _interpreter(options: argparse.Namespace) -> Path | None:
@@ -142,11 +117,7 @@ def _interpreter(options: argparse.Namespace) -> Path | None:
     python = environments.interpreter(options.environments, PEER) if options.peers else None
     if not (options.peers and options.install and python is None):
         return python
-    say(f"installing {PEER} into {options.environments / PEER}")
-    try:
-        environments.install(options.environments, PEER)
-    except subprocess.CalledProcessError as error:
-        say(f"error: {PEER} can't be installed: {error}")
+    environments.install(options.environments, PEER)
     return environments.interpreter(options.environments, PEER)
 
 
@@ -154,21 +125,10 @@ def _bench(options: argparse.Namespace, python: Path | None) -> Bench:
     env = environment(options.work, options.threads)
     return Bench(
         work=options.work, env=env, peer_env={name: v for name, v in env.items() if name not in NOT_FOR_PEERS},
-        python=python, data=data_file(options.data, options.work), setting=_setting(options),
+        python=python, data=data_file(options.data, options.work), setting=flags.setting_of(options),
         load_shape=options.load_shape, limit=options.limit, weights=options.weights, values=options.values,
         rounds=options.rounds, seconds=options.seconds, say=say,
     )  # fmt: skip
-
-
-def _setting(options: argparse.Namespace) -> Setting:
-    return Setting(**{item.name: getattr(options, item.name) for item in fields(Setting)})
-
-
-def _parts(text: str) -> list[str]:
-    names = list(dict.fromkeys(name for name in text.split(",") if name))
-    if unknown := [name for name in names if name not in PARTS]:
-        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: known are {', '.join(PARTS)}")
-    return names
 
 
 def _sizes(text: str) -> tuple[tuple[int, int], ...]:

@@ -9,8 +9,8 @@ from typing import Any
 
 from bench.environments import PEERS
 from bench.quant.findings import PEER, Bench, Findings, least, ratio
-from bench.quant.workers import Answers, Worker, by_turns, seconds_of
 from bench.runs import KEEP_FREED_MEMORY
+from bench.workers import Answers, Worker, by_turns, seconds_of
 
 NATIVE, REFERENCE, NAIVE = "native", "reference", "naive"
 VARIABLE = "TRUETUNE_KERNELS"
@@ -83,7 +83,8 @@ def _cell(
     bench: Bench, found: Findings, name: str, asked: dict[str, tuple[Worker, str]], of: dict[str, Any], *, values: int
 ) -> Answers:
     """Measure one cell, note it, say it."""
-    answers = by_turns(asked, of, rounds=bench.turns, seconds=bench.seconds, not_run=found.not_run)
+    jobs = {system: (worker, job, of) for system, (worker, job) in asked.items()}
+    answers = by_turns(jobs, rounds=bench.turns, seconds=bench.seconds, not_run=found.not_run)
     cell: dict[str, Any] = {
         system: {
             "ms": round(1e3 * seconds, 3),

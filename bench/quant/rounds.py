@@ -1,4 +1,4 @@
-"""Runs that are processes of their own, by turns; ``workers.py`` does the same for single operations."""
+"""Runs that are processes of their own, by turns; ``bench/workers.py`` does the same for single operations."""
 
 from __future__ import annotations
 

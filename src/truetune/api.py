@@ -13,17 +13,19 @@ from truetune.adapters import inject as _inject
 from truetune.adapters import vocabulary as _vocabulary
 from truetune.adapters.bank import Bank, bank_of
 from truetune.config.adapter import AdapterConfig
+from truetune.config.groups import bytes_of
 from truetune.config.merge import MergeConfig
 from truetune.config.quant import QuantGroup
 from truetune.config.quantize import QuantizeConfig
 from truetune.config.resolve import resolve
 from truetune.config.sft import SFTConfig
-from truetune.errors import AdapterError
+from truetune.errors import AdapterError, ConfigError
 from truetune.models import load as _load
 from truetune.models.precision import choose_device, choose_precision
 from truetune.models.tokenizer import ChatTokenizer
 from truetune.recipes.adapter import base_name, check_base, describe_base
 from truetune.train.log import Screen
+from truetune.train.memory import resident_mb
 
 
 def load(
@@ -31,27 +33,52 @@ def load(
     *,
     quant: str = "none",
     double_quant: bool = False,
+    quant_skip: Sequence[str] = (),
     dtype: str = "auto",
     device: str = "cpu",
     revision: str | None = None,
+    max_memory: str | None = None,
 ) -> Any:
     """Load a causal language model of transformers from a local folder or the Hub, in ``eval`` mode.
 
     Args:
         quant: ``none``, or ``int8``, ``nf4`` or ``fp4``: pack the linear layers while they are read.
         double_quant: quantise the 4-bit blocks' scales as well.
+        quant_skip: layers to leave unquantised, by whole parts of their names.
         dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
         device: ``auto``, ``cpu`` or ``cuda``.
+        max_memory: such as ``1.5GB``: the model comes frozen, and if it would not fit into that beside what the process
+            holds, it stays on disk and is read layer by layer, forward and backward (CPU). Activations come on top.
     Raises:
+        truetune.errors.ConfigError: a setting that is none.
         truetune.errors.ModelError: what is wrong with it, and the way out.
     """
     device = choose_device(device)
     config = _load.load_config(model, revision=revision)
     precision = choose_precision(dtype, _load.checkpoint_dtype(config), device=device)
-    recipe = resolve(QuantGroup, file=None, flags={"quant": quant, "double_quant": double_quant}).config.recipe()
-    return _load.load_model(
-        model, dtype=precision.storage, device=device, revision=revision, config=config, quant=recipe
-    )
+    flags = {"quant": quant, "double_quant": double_quant, "quant_skip": tuple(quant_skip)}
+    recipe = resolve(QuantGroup, file=None, flags=flags).config.recipe()
+    limit, held = _limit_mb(max_memory, device), resident_mb()
+    loaded = _load.load_model(
+        model, dtype=precision.storage, device=device, revision=revision, config=config, quant=recipe,
+        warn=Screen().warn,
+    )  # fmt: skip
+    if limit is not None:
+        from truetune.models.streaming import keep_on_disk
+
+        keep_on_disk(loaded, limit_mb=limit, held_mb=held)
+    return loaded
+
+
+def _limit_mb(max_memory: str | None, device: str) -> float | None:
+    if max_memory is None:
+        return None
+    if device != "cpu":
+        raise ConfigError(f"max_memory: streams the base to a CPU only, and device is {device}")
+    try:
+        return bytes_of(max_memory) / 1e6
+    except ValueError as error:
+        raise ConfigError(f"max_memory: found {max_memory!r}", ("expected", str(error))) from None
 
 
 def add_tokens(model: nn.Module, tokenizer: Any, tokens: Sequence[str]) -> list[int]:

@@ -34,10 +34,15 @@ EXACT = {
     "prefix": tt.Prefix(virtual_tokens=2),
     "bottleneck": tt.Bottleneck(reduction=4.0),
     "gated": tt.LlamaAdapter(adapter_length=3, adapter_layers=1),
+    "gated by head": tt.LlamaAdapter(adapter_length=4, adapter_layers=2, gates="head"),
+    "wider": tt.Bottleneck(reduction=2.0, placement="houlsby", adapter_scale=2.0),
+    "stream": tt.Bottleneck(reduction=4.0, adapter_reads="stream"),
+    "second": tt.LlamaAdapter(adapter_length=3, adapter_layers=1, llama_adapter_v2=True),
     "parts": tt.LoRA(rank=2, trainable=("norm", "head")),
 }
 SUMS = ("lora", "narrow", "rslora", "adalora", "vera", "parts")
-NO_SUM = ("dora", "ia3", "prompt", "prefix", "bottleneck", "gated")
+AMONG_THEMSELVES = ("bottleneck", "gated")
+NO_SUM = ("dora", "ia3", "prompt", "prefix", *AMONG_THEMSELVES, "stream", "second")
 
 
 def write(family: str, form: str, config: AdapterConfig, folder: Path, *, seed: int = 1) -> Tensor:
@@ -159,11 +164,74 @@ def test_parts_trained_in_full_add_up(tmp_path: Path) -> None:
     assert not torch.allclose(head, plain["lm_head.weight"], atol=1e-3)
 
 
+@pytest.mark.parametrize("form", ["float32", "nf4"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_bottlenecks_add_up_as_one_that_has_both_inside(family: str, form: str, tmp_path: Path) -> None:
+    model, alone = filled(family, form, ("bottleneck", "wider"), tmp_path)
+    tt.set_adapter(model, ["bottleneck", "wider"], weights=[0.5, 2.0])
+    found = answered(model)
+    one = base(family, form)
+    attach(one, EXACT["wider"].model_copy(update={"reduction": 4 / 3, "adapter_scale": 1.0}))  # 24 of 32 inside
+    held = [files.read(tmp_path / name).tensors for name in ("bottleneck", "wider")]
+    for key, parameter in files.state(one).items():
+        inside, kind = torch.zeros_like(parameter), key.rpartition("adapter_")[2]
+        for tensors, weight, place in ((held[0], 0.5, slice(0, 8)), (held[1], 2.0 * 2.0, slice(8, 24))):
+            if key not in tensors:  # the first is not behind the attention
+                continue
+            if kind.startswith("down"):
+                inside[place] = tensors[key]
+            elif kind == "up.weight":
+                inside[:, place] = tensors[key] * weight
+            else:
+                inside += tensors[key] * weight
+        parameter.data.copy_(inside)
+    assert distance(found, answered(one)) <= CLOSE
+    assert distance(found, alone["wider"]) > 1e-3
+    tt.set_adapter(model, "bottleneck")
+    assert torch.equal(answered(model), alone["bottleneck"])
+
+
+def attended(model: nn.Module) -> Tensor:
+    """What the attention of the last layer puts out."""
+    kept: list[Tensor] = []
+    layer = model.get_submodule("model.layers.1.self_attn")
+    handle = layer.register_forward_hook(lambda module, inputs, output: kept.append(output[0].detach().clone()))
+    answered(model)
+    handle.remove()
+    return kept[0]
+
+
+@pytest.mark.parametrize("form", ["float32", "int8"])
+def test_gated_prompts_add_up_at_the_attention(form: str, tmp_path: Path) -> None:
+    """In the last layer alone: what it reads is the same with each of them."""
+    model, _ = filled("llama", form, ("gated",), tmp_path)
+    write("llama", form, EXACT["gated"], tmp_path / "again", seed=7)
+    tt.load_adapter(model, str(tmp_path / "again"), name="again")
+    outputs = {}
+    for names, weights in ((None, None), (["gated"], [1.0]), (["again"], [1.0]), (["gated", "again"], [0.5, -2.0])):
+        tt.set_adapter(model, names, weights=weights)
+        outputs[" ".join(names or ())] = attended(model)
+    plain = outputs[""]
+    wanted = plain + 0.5 * (outputs["gated"] - plain) - 2.0 * (outputs["again"] - plain)
+    assert distance(outputs["gated again"], wanted) <= CLOSE
+    assert distance(outputs["gated again"], plain) > 1e-3
+
+
+def test_gates_of_two_kinds_and_other_layers_add_up(tmp_path: Path) -> None:
+    model, alone = filled("llama", "float32", ("gated", "gated by head"), tmp_path)
+    tt.set_adapter(model, ["gated", "gated by head"], weights=[0.0, 1.0])
+    assert distance(answered(model), alone["gated by head"]) <= CLOSE
+    tt.detach(model, name="gated")
+    assert torch.equal(answered(model), alone["gated by head"])
+    tt.detach(model)
+    assert torch.equal(answered(model), answered(base("llama")))
+
+
 @pytest.mark.parametrize("name", NO_SUM)
 def test_what_has_no_sum_is_refused_with_the_reason_and_nothing_changes(name: str, tmp_path: Path) -> None:
     model, alone = filled("llama", "float32", ("lora", name), tmp_path)
     tt.set_adapter(model, "lora")
-    for names, weights in ((["lora", name], None), ([name], [0.5])):
+    for names, weights in ((["lora", name], None), *([] if name in AMONG_THEMSELVES else [([name], [0.5])])):
         with pytest.raises(AdapterError, match=rf"adapter '{name}'(.|\n)*because"):
             tt.set_adapter(model, names, weights=weights)
     assert torch.equal(answered(model), alone["lora"])

@@ -17,7 +17,7 @@ from truetune.errors import AdapterError
 
 
 @pytest.mark.parametrize("form", BASES)
-@pytest.mark.parametrize("name", ["gpt2", "bigcode", "bloom"])
+@pytest.mark.parametrize("name", ["qwen2", "gpt2", "bigcode", "bloom"])
 def test_it_learns_is_read_back_and_merges(name: str, form: str, tmp_path: Path) -> None:
     check(name, form, BitFit(), tmp_path, lr=2e-2)
 

@@ -18,6 +18,7 @@ from truetune.adapters.bank import Bank
 from truetune.adapters.base import LowRankUpdate
 from truetune.adapters.combine import Combination
 from truetune.adapters.combine_entries import dropped_at_random, in_agreement, largest, weighted_sum
+from truetune.adapters.composed import attachment_of
 from truetune.adapters.stack import combined_updates
 from truetune.errors import AdapterError
 
@@ -191,3 +192,9 @@ def test_dare_ties_is_ties_of_what_was_not_dropped() -> None:
     assert torch.equal(made.a, a)
     assert torch.equal(made.b, b)
     assert not torch.equal(made.a, weighted_sum([p.a for p in parts], [1.0, 1.0]))
+
+
+def test_adapters_that_change_no_layer_make_none() -> None:
+    """AdaLoRA may have left no layer a rank."""
+    with pytest.raises(AdapterError, match=r"change no layer(.|\n)*--target-rank"):
+        attachment_of({})

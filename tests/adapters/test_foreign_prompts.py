@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import truetune as tt
-from families import FAMILIES, distance, logits, token_rows
-from truetune.adapters import files, foreign
+from families import FAMILIES, distance, logits, perturb, token_rows
+from truetune.adapters import files, foreign, tensors
+from truetune.adapters.inject import attachment
 from truetune.adapters.rotary import turned
+from truetune.config.other_methods import LlamaAdapter
 from truetune.errors import AdapterError
 
 LENGTH, HEADS, DIM = 5, 4, 8
@@ -65,17 +69,94 @@ def test_a_file_answers_by_its_formula(shape: tuple[int, ...], tmp_path: Path) -
     assert files.read(tmp_path / "saved").config.get("gates") == ("head" if len(shape) > 1 else None)
 
 
+def second(model: Any, style: str) -> dict[str, Tensor]:
+    """What litgpt 0.5, an older one or lit-llama would have written of a model with the second version on it."""
+    held = {key.removeprefix("base_model.model."): tensor for key, tensor in tensors.to_file(model).items()}
+    if style == "lit-llama":
+        names = {"self_attn.o_proj": "attn.c_proj", "mlp.gate_proj": "mlp.c_fc1", "mlp.up_proj": "mlp.c_fc2",
+                 "mlp.down_proj": "mlp.c_proj", "input_layernorm.weight": "rms_1.scale",
+                 "post_attention_layernorm.weight": "rms_2.scale"}  # fmt: skip
+    else:
+        names = {
+            "self_attn.o_proj": "attn.proj", "mlp.gate_proj": "mlp.fc_1", "mlp.up_proj": "mlp.fc_2",
+            "mlp.down_proj": "mlp.proj", "input_layernorm": "norm_1", "post_attention_layernorm": "norm_2",
+        }  # fmt: skip
+    names |= {"self_attn.adaption_prompt": "attn.adapter_wte.weight", "self_attn.adaption_gate": "attn.gating_factor",
+              "model.norm.weight": "transformer.ln_f." + ("scale" if style == "lit-llama" else "weight")}  # fmt: skip
+    found = {}
+    for key, tensor in held.items():
+        if re.search(r"\.[qkv]_proj\.", key):
+            continue
+        for ours, theirs in names.items():
+            key = key.replace(ours, theirs)
+        found[key.replace("model.layers.", "transformer.h.")] = tensor[0] if "wte" in key else tensor
+    for layer, kind in itertools.product(range(2), ("adapter_bias", "adapter_scale")):
+        q, k, v = (held[f"model.layers.{layer}.self_attn.{part}_proj.{kind}"] for part in "qkv")
+        if style == "lit-llama":  # neighbours where transformers has halves
+            q, k = (t.view(-1, 2, DIM // 2).transpose(1, 2).flatten() for t in (q, k))
+        by_group = [torch.cat(each) for each in zip(*(t.chunk(2) for t in (q, k, v)), strict=True)]
+        fused = {"litgpt": "qkv", "older litgpt": "attn", "lit-llama": "c_attn"}[style]
+        found[f"transformer.h.{layer}.attn.{fused}.{kind}"] = torch.cat(
+            by_group if style == "older litgpt" else [q, k, v]
+        )
+    return found
+
+
+@pytest.mark.parametrize("style", ["litgpt", "older litgpt", "lit-llama"])
+def test_the_second_version_is_read_whole(style: str, tmp_path: Path) -> None:
+    settings = LlamaAdapter(
+        adapter_length=LENGTH, adapter_layers=1, llama_adapter_v2=True, scaled_head=True, gates="head",
+        mixed_maps=style == "litgpt",
+    )  # fmt: skip
+    model, again = FAMILIES["llama"].make(), FAMILIES["llama"].make()
+    before = logits(model)
+    tt.attach(model, settings)
+    perturb(model)
+    written = second(model, style)
+    if style == "litgpt":  # whose vocabulary is padded
+        written |= {name: torch.cat([t, torch.ones(8)]) for name, t in written.items() if name.startswith("lm_head")}
+    torch.save({"model": written}, tmp_path / "lit_model.pth.adapter_v2")
+    foreign.load(again, tmp_path / "lit_model.pth.adapter_v2")
+    assert torch.equal(logits(again), logits(model))
+    assert distance(logits(model), before) > 0.01
+    assert files.from_peft(tensors_config(again), tmp_path) == settings
+
+
+def tensors_config(model: Any) -> dict[str, Any]:
+    """The settings as they would be written."""
+    attached = attachment(model)
+    assert attached is not None
+    return files.to_peft(model, attached, base=None)
+
+
+def test_mixed_maps_are_the_rows_that_litgpt_takes() -> None:
+    """Its three maps' outputs stand one after the other, and it reads them as if by groups of heads."""
+    model = FAMILIES["llama"].make()
+    tt.attach(model, LlamaAdapter(adapter_length=LENGTH, adapter_layers=1, mixed_maps=True))
+    perturb(model)
+    attention = model.model.layers[1].self_attn
+    base = attention.base
+    with torch.no_grad():
+        rows = torch.cat([m(attention.prompt[0]) for m in (base.q_proj, base.k_proj, base.v_proj)], -1)
+        key, value = attention._keys_and_values(attention.prompt[0])
+    for group, first in ((0, 0), (1, 4 * DIM)):  # two queries, a key and a value of each
+        assert torch.equal(key[:, group], rows[:, first + 2 * DIM : first + 3 * DIM])
+        assert torch.equal(value[:, group], rows[:, first + 3 * DIM : first + 4 * DIM])
+
+
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        (state() | {"transformer.h.0.attn.proj.adapter_scale": torch.ones(3)}, "second version"),
-        ({"lm_head.adapter_bias": torch.ones(3)}, "second version"),
+        (state() | {"transformer.h.0.attn.proj.adapter_scale": torch.ones(3)}, "does not fit this model"),
+        (state() | {"transformer.h.0.attn.qkv.adapter_scale": torch.ones(3)}, "is none of this model"),
+        (state() | {"transformer.h.0.other.adapter_scale": torch.ones(3)}, "is none of this model"),
+        ({"lm_head.adapter_bias": torch.ones(3)}, "no LLaMA-Adapter of litgpt"),
         (state() | {"transformer.h.0.norm_1.weight": torch.ones(3)}, "no LLaMA-Adapter of litgpt"),
         ({k: t for k, t in state().items() if "gating" not in k}, "no LLaMA-Adapter of litgpt"),
         (state(layers=(0,)), "does not fit this model"),  # one layer, and not the last
         (state(shape=(3, 1)), "does not fit this model"),
     ],
-    ids=["scales", "biases", "a norm", "no gate", "another layer", "other heads"],
+    ids=["few scales", "sizes", "a map", "no prompts", "a norm", "no gate", "another layer", "other heads"],
 )
 def test_what_can_not_be_read_is_named(tensors: dict[str, Tensor], message: str, tmp_path: Path) -> None:
     torch.save(tensors, tmp_path / "adapter.pt")

@@ -6,7 +6,8 @@ import pytest
 
 from families import FAMILIES
 from truetune.adapters.inject import adapters, attach
-from truetune.adapters.lora_patterns import at_layer, check_patterns, named, named_by, patterns_of
+from truetune.adapters.lora_patterns import at_layer, check_patterns, named_by, patterns_of
+from truetune.adapters.lora_settings import named
 from truetune.config.lora import LoRA
 from truetune.errors import AdapterError
 

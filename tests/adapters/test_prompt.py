@@ -17,8 +17,11 @@ from training_runs import checkpoints, cut_after, differences, run_sft, write_ro
 from truetune.adapters import files
 from truetune.adapters.inject import attach, detach
 from truetune.adapters.virtual import virtual_ids
-from truetune.config.other_methods import Prompt
+from truetune.config.adapter import AdapterConfig
+from truetune.config.lora import LoRA
+from truetune.config.other_methods import Prefix, Prompt
 from truetune.errors import AdapterError, ConfigError
+from truetune.models import forward
 from virtual_checks import check, same_step, step, text_logits
 
 THREE = Prompt(virtual_tokens=3)
@@ -117,3 +120,17 @@ def test_virtual_tokens_are_no_data_and_need_room(tiny_model: Path, tmp_path: Pa
     assert done["tokens"] == plain["tokens"]
     with pytest.raises(ConfigError, match="--virtual-tokens takes 20"):
         run_sft(tiny_model, data, tmp_path / "long", method="prompt", max_length=250, dry_run=True)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [Prompt(virtual_tokens=2), Prefix(virtual_tokens=2), LoRA(rank=2, targets=["embed_tokens"]), LoRA(token_rows=[5])],
+    ids=["prompt", "prefix", "table", "rows"],
+)
+def test_what_is_trained_on_the_table_does_not_pass_for_the_models_own_dtype(config: AdapterConfig) -> None:
+    """Products of a bf16 model are rounded up to few sizes; a kernel is compiled, and kept, for each size."""
+    model = base("llama", "bfloat16")
+    bare = [forward._spare(model, size) for size in (128, 129, 200)]
+    attach(model, config)
+    assert [forward._spare(model, size) for size in (128, 129, 200)] == bare
+    assert bare[0] == 0 < bare[1]

@@ -16,9 +16,9 @@ from bench.quant import __main__ as command
 from bench.quant import big, big_checkpoint, findings, kernels, load, ours, step
 from bench.quant.findings import AIMS, PEER, Bench, Findings
 from bench.quant.rounds import by_rounds
-from bench.quant.workers import Worker, by_turns, seconds_of
 from bench.runs import FailedRunError
 from bench.shapes import Shape
+from bench.workers import Worker, by_turns, seconds_of
 
 import truetune
 from bench import environments
@@ -207,13 +207,15 @@ def test_a_part_of_ours_that_fails_is_named_and_fails_the_bench(tmp_path: Path) 
 
 def test_workers_are_asked_by_turns_and_one_that_dies_is_left_out(tmp_path: Path) -> None:
     not_run: dict[str, str] = {}
+    told: list[tuple[object, ...]] = []
     with talking(tmp_path, "a") as a, talking(tmp_path, "b") as b:
-        asked = {"a": (a, "time"), "b": (b, "die")}
-        found = by_turns(asked, {"n": 2.0}, rounds=3, seconds=0.0, not_run=not_run)
-        again = by_turns(asked, {"n": 4.0}, rounds=1, seconds=0.0, not_run=not_run)
+        asked = {"a": (a, "time", {"n": 2.0}), "b": (b, "die", {})}
+        found = by_turns(asked, rounds=3, seconds=0.0, not_run=not_run, told=lambda *one: told.append(one[:2]))
+        again = by_turns(asked | {"a": (a, "time", {"n": 4.0})}, rounds=1, seconds=0.0, not_run=not_run)
     assert seconds_of(found) == {"a": 2.0}
     assert len(found["a"]) == 3
     assert seconds_of(again) == {"a": 4.0}
+    assert told == [(1, "a"), (2, "a"), (3, "a")]
     assert not_run["b"].startswith("b ended at die")
     assert not_run["b"].endswith("had enough")
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -163,6 +164,25 @@ def test_help_shows_defaults_and_choices(capsys: pytest.CaptureFixture[str]) -> 
     assert "--trainable bias|norm|embedding|head …" in text
 
 
+def test_help_says_what_most_come_for_first_and_whose_the_other_settings_are(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    main.main(["sft", "--help"])
+    text = capsys.readouterr().out
+    assert text.startswith("usage: truetune sft --model TEXT --data X … [settings]\n")
+    under = {
+        part.partition(":\n")[0]: re.findall(r"^  (--\S+)", part, re.MULTILINE)
+        for part in text.split("\n\n")
+        if ":\n" in part
+    }
+    assert [under[title][0] for title in ("the model", "the data", "the run")] == ["--model", "--data", "--out"]
+    assert under["the method"][:2] == ["--method", "--rank"]
+    assert under["with --method prompt, ptuning or prefix"] == ["--virtual-tokens"]
+    assert under["with --method lisa"] == ["--lisa-layers", "--lisa-every"]
+    titles = list(under)
+    assert titles.index("the run") < titles.index("with --method dora") < titles.index("with --method lisa")
+
+
 def test_the_overview_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     for argv in ([], ["--help"], ["-h"], ["help"]):
         assert main.main(argv) == 0
@@ -219,6 +239,14 @@ def test_a_key_press_is_exit_code_130(
 ) -> None:
     assert main.main(_planted(monkeypatch, tmp_path, "raise KeyboardInterrupt")) == 130
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_stop_that_was_asked_for_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    body = "from truetune.errors import StoppedError; raise StoppedError(15, 'stopped at step 3', ('go on', 'again'))"
+    assert main.main(_planted(monkeypatch, tmp_path, body)) == 143
+    assert capsys.readouterr() == ("", "stopped at step 3\n  go on   again\n")
 
 
 def test_an_error_that_is_not_the_users_has_its_own_code(

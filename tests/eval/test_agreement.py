@@ -69,6 +69,17 @@ def test_a_tie_is_no_other_choice() -> None:
     assert agreement(torch.tensor([[0.0, 5.0, 5.0]]), torch.tensor([[0.0, 4.0, 5.0]])).top1 == 1.0
 
 
+def test_how_far_another_choice_is_behind() -> None:
+    expected = torch.tensor([[0.0, 4.0, 3.5], [0.0, 1.0, 9.0], [2.0, 2.0, 1.0]])
+    found = agreement(torch.tensor([[0.0, 3.0, 5.0], [0.0, 1.0, 9.0], [5.0, 1.0, 1.0]]), expected)
+    assert (found.top1, found.gaps) == (pytest.approx(2 / 3), (pytest.approx(0.5),))
+    assert [found.top1_within(nats) for nats in (0.4, 0.6)] == [pytest.approx(2 / 3), 1.0]
+    assert pooled([found, found]).gaps == found.gaps * 2
+    ids, values = top_log_probabilities(expected, 2)
+    other = torch.tensor([[0.0, 3.0, 5.0], [9.0, 1.0, 2.0], [2.0, 1.0, 1.0]])
+    assert recorded_agreement(other, ids, values).gaps == (pytest.approx(0.5), math.inf)  # and one beyond what is known
+
+
 def test_a_record_of_all_tokens_gives_the_whole_divergence() -> None:
     p, q = scores(vocab=6, seed=1), scores(vocab=6, seed=2)
     ids, values = top_log_probabilities(p, 5)
@@ -91,12 +102,16 @@ def close(**changes: object) -> Agreement:
         (Measured(close(max_delta=2e-4)), "drift", "logits differ"),
         (Measured(close(max_delta=2e-4, largest=30.0)), "faithful", ""),
         (Measured(close(mean_kl=1e-3)), "drift", "mean KL"),
-        (Measured(close(top1=0.9)), "drift", "first choices"),
+        (Measured(close(top1=0.9, gaps=(0.5,))), "drift", "90.0% of the first choices"),
+        (Measured(close(top1=0.9, gaps=(5e-4,))), "faithful", ""),  # between two that are as good as equal
         (Measured(close(), loss_change=math.nan), "drift", "held-out loss"),
         (Measured(close(), loss_change=-0.1), "drift", "held-out loss"),
         (Measured(close(finite=False)), "drift", "not all numbers"),
         (Measured(close(), prompts=(3, 4)), "drift", "1 of 4 prompts"),
         (Measured(close(), answers=(2, 4)), "drift", "2 of 4 greedy answers"),
+        (Measured(close(), answers=(2, 4), ties=(5e-4, 0.5)), "drift", "and 1 part between two tokens"),
+        (Measured(close(), answers=(2, 4), ties=(5e-4, 5e-4)), "faithful", ""),
+        (Measured(close(), faults=["it says so"]), "drift", "it says so"),
         (Measured(close(), lost_stops=["</s>"]), "drift", "no longer ends at </s>"),
         (Measured(close(mean_kl=5e-7), effect=close(mean_kl=5e-7)), "drift", "the training is not in it"),
         (Measured(close(mean_kl=5e-7), effect=close(mean_kl=5e-6)), "unknown", "10% of all that training changed"),
@@ -113,5 +128,6 @@ def test_each_bound_is_a_reason_of_its_own(measured: Measured, says: str, why: s
 def test_coarser_kinds_are_allowed_more() -> None:
     assert coarser("fp32", "bf16") == coarser("bf16", "fp32") == "bf16"
     assert coarser("int8", "fp32") == "int8"
+    assert LIMITS["gguf-f16"].kl < LIMITS["gguf-q8_0"].kl < LIMITS["gguf-q5"].kl < LIMITS["gguf-q4"].kl
     assert LIMITS["fp32"].kl < LIMITS["fp16"].kl < LIMITS["bf16"].kl < LIMITS["int8"].kl < LIMITS["nf4"].kl
     assert judge(Measured(close(mean_kl=5e-3, max_delta=0.3)), "bf16")[0] == "faithful"

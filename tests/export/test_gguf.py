@@ -1,70 +1,33 @@
 """GGUF files: read back equal, and loaded by another program's rules the same model."""
 
 import itertools
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from conftest import SHARED
-from families import FAMILIES, Family, distance, logits, perturb
+from families import FAMILIES, distance, logits
+from gguf_models import GRANTED, KNOWN, adapted, made, tokenizer_files, written
 from proof_runs import change_json
-from truetune.adapters import files
-from truetune.adapters.inject import attach
-from truetune.config.export import ExportConfig
-from truetune.config.lora import LoRA
-from truetune.config.resolve import resolve
+from truetune.data.template import Template
 from truetune.errors import ModelError, OutputError, TruetuneError
 from truetune.export.gguf import read_keys
-from truetune.export.gguf_arch import rope_factors, side_by_side
-from truetune.export.gguf_tokenizer import Specials, TokenType, tokenizer_keys
-from truetune.recipes import export
+from truetune.export.gguf_arch import arch_of
+from truetune.export.gguf_rope import rope_factors, side_by_side
+from truetune.export.gguf_tokenizer import Specials, TokenType, left_out, tokenizer_keys
+from truetune.export.gguf_vocabulary import Vocabulary
+from truetune.models.tokenizer import ChatTokenizer
+from truetune.recipes.gguf_words import core_of, reader_of, words_of
 
 gguf = pytest.importorskip("gguf", reason="the gguf extra is not installed")
 STORIES = SHARED / "models" / "stories260K"
-PHI3 = Family(
-    Phi3Config,
-    {
-        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 64, "sliding_window": None,
-    },
-    ("qkv_proj",),
-)  # fmt: skip
-KNOWN = {name: FAMILIES[name] for name in ("llama", "llama-tied", "mistral", "qwen2", "qwen3", "gemma", "gemma2")}
-KNOWN |= {"gpt2": FAMILIES["gpt2"], "phi3": PHI3}
-# What transformers takes for granted of an architecture when it reads a GGUF of it.
-GRANTED: dict[str, dict[str, Any]] = {
-    "qwen3": {"head_dim": 128}, "gemma2": {"head_dim": 256}, "gpt2": {"n_positions": 1024},
-}  # fmt: skip
-
-
-def tokenizer_files(tiny_model: Path, folder: Path) -> None:
-    """A byte-level tokenizer is larger than these models' tables; cut to fit."""
-    core = json.loads((tiny_model / "tokenizer.json").read_text(encoding="utf-8"))
-    kept = {token: number for token, number in core["model"]["vocab"].items() if number < 120}
-    core["model"]["vocab"] = kept
-    for number, token in enumerate(core["added_tokens"]):
-        token["id"] = 120 + number
-        kept[token["content"]] = 120 + number
-    (folder / "tokenizer.json").write_text(json.dumps(core), encoding="utf-8")
-    shutil.copy(tiny_model / "tokenizer_config.json", folder)
-
-
-def made(family: str, folder: Path, tiny_model: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
-    model = KNOWN[family].make(**GRANTED.get(family, {}) | changes)
-    model.to(dtype).save_pretrained(folder / "base")
-    tokenizer_files(tiny_model, folder / "base")
-    return folder / "base"
-
-
-def written(out: Path, **flags: Any) -> dict[str, Any]:
-    return export.run(resolve(ExportConfig, file=None, flags={"to": "gguf", "out": str(out), **flags}))
 
 
 def dense(tensor: Any) -> Tensor:
@@ -149,14 +112,6 @@ def test_the_checkpoint_keeps_its_own_type(tmp_path: Path, tiny_model: Path) -> 
     assert torch.equal(tensors["blk.0.ffn_up.weight"], exact)
 
 
-def adapted(family: str, base: Path, folder: Path, **settings: Any) -> tuple[Path, Tensor]:
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
-    attach(model, LoRA(**settings), seed=3)
-    perturb(model)
-    files.save(model, folder, base=str(base))
-    return folder, logits(model, torch.arange(2, 6)[None])
-
-
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
 def test_an_adapter_beside_its_base_is_the_merged_model(family: str, tmp_path: Path, tiny_model: Path) -> None:
     base = made(family, tmp_path, tiny_model)
@@ -195,8 +150,58 @@ def test_an_unknown_architecture_is_refused_by_name(family: str, tmp_path: Path)
 
 def test_another_activation_is_refused(tmp_path: Path, tiny_model: Path) -> None:
     base = made("llama", tmp_path, tiny_model, hidden_act="relu")
-    with pytest.raises(ModelError, match="computes LlamaForCausalLM with silu, and this model has relu"):
+    with pytest.raises(ModelError, match=r"computes LlamaForCausalLM otherwise(.|\n)*silu(.|\n)*relu"):
         written(tmp_path / "m.gguf", model=str(base))
+
+
+LAYERS = ["full_attention", "full_attention"]
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 16}
+LLAMA3 = YARN | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+PART = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "part of a head": ("qwen2", {"rope_parameters": PART}, "rotates whole heads of this architecture, and .* 50%"),
+    "llama3 elsewhere": ("qwen3", {"rope_parameters": LLAMA3}, "of kind 'llama3'"),
+    "yarn's ramp": ("llama", {"rope_parameters": YARN | {"beta_fast": 16.0}}, "this model has 16"),
+    "yarn's cut": ("llama", {"rope_parameters": YARN | {"truncate": False}}, "32, 1, False"),
+    "a head's width": ("qwen2", {"head_dim": 16}, "a width of 8"),
+    "biases": ("qwen3", {"attention_bias": True}, "adds biases"),
+    "a head of its own": ("gemma", {"tie_word_embeddings": False}, "takes the table"),
+    "a scale": ("gemma2", {"query_pre_attn_scalar": 64}, "scales queries by 256"),
+    "a cap": ("gemma2", {"query_pre_attn_scalar": 256, "attn_logit_softcapping": None}, "caps logits"),
+    "windows": ("gemma2", {"query_pre_attn_scalar": 256, "layer_types": LAYERS}, "every other layer"),
+    "gpt2's scale": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scales attention"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_detail_that_llama_cpp_computes_otherwise_is_refused(what: str, tmp_path: Path) -> None:
+    family, changes, said = REFUSED[what]
+    config = KNOWN[family].config(**KNOWN[family].settings | GRANTED.get(family, {}) | changes)
+    config.architectures = [type(KNOWN[family].make(**GRANTED.get(family, {}))).__name__]
+    with pytest.raises(ModelError, match=said):
+        arch_of(config)
+
+
+def test_gemma_2_with_46_layers_has_a_scale_of_its_own() -> None:
+    settings = KNOWN["gemma2"].settings | {"num_hidden_layers": 46, "architectures": ["Gemma2ForCausalLM"]}
+    assert arch_of(KNOWN["gemma2"].config(**settings, query_pre_attn_scalar=8)).name == "gemma2"  # 32 / 4 heads
+    with pytest.raises(ModelError, match="scales queries by 8"):
+        arch_of(KNOWN["gemma2"].config(**settings, query_pre_attn_scalar=256))
+
+
+def test_a_window_that_llama_cpp_leaves_out_bounds_the_text(
+    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = made("mistral", tmp_path, tiny_model)  # a window of 4
+    written(tmp_path / "m.gguf", model=str(base))
+    assert read_keys(tmp_path / "m.gguf")[0]["llama.context_length"] == 4
+    assert "no sliding window for llama: up to 4 tokens" in capsys.readouterr().err
+    whole = made("mistral", tmp_path / "whole", tiny_model, sliding_window=None)
+    written(tmp_path / "whole.gguf", model=str(whole))
+    assert read_keys(tmp_path / "whole.gguf")[0]["llama.context_length"] == 64
+    part = made("qwen2", tmp_path / "part", tiny_model, use_sliding_window=True, sliding_window=8, max_window_layers=1)
+    written(tmp_path / "part.gguf", model=str(part))
+    assert read_keys(tmp_path / "part.gguf")[0]["qwen2.context_length"] == 8
 
 
 def test_another_rope_is_refused(tmp_path: Path, tiny_model: Path) -> None:
@@ -320,20 +325,59 @@ def test_a_cut_without_a_name_is_refused() -> None:
         tokenizer_keys({"model": {"type": "WordLevel"}}, 1, NONE, None)
 
 
+@pytest.mark.parametrize("to", ["gguf", "ollama"])
+def test_a_tokenizer_that_can_t_be_written_is_refused_before_anything_is(
+    to: str, tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = made("llama", tmp_path, tiny_model)
+    adapter, _ = adapted("llama", base, tmp_path / "adapter", rank=4)
+    cut = {"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": "a"}, "behavior": "Isolated", "invert": False},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+    ]}  # fmt: skip
+    change_json(base / "tokenizer.json", pre_tokenizer=cut)
+    with pytest.raises(ModelError, match="has no name for"):
+        written(tmp_path / "out", model=str(base), adapter=str(adapter), to=to, as_adapter=to == "ollama")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+    assert "merge" not in capsys.readouterr().err
+    written(tmp_path / "lora.gguf", model=str(base), adapter=str(adapter), as_adapter=True)  # it holds no tokenizer
+
+
+def test_an_adapter_whose_model_can_t_be_written_is_not_left_alone(tmp_path: Path, tiny_model: Path) -> None:
+    base = made("llama", tmp_path, tiny_model)
+    adapter, _ = adapted("llama", base, tmp_path / "adapter", rank=4)
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = 1e6
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="float16 can't"):
+        written(tmp_path / "out", model=str(base), adapter=str(adapter), to="ollama", as_adapter=True,
+                gguf_type="f16", allow_mismatch=("base",))  # fmt: skip
+    assert not list((tmp_path / "out").rglob("*.gguf"))
+
+
+def pieces() -> ChatTokenizer:
+    """SentencePiece's BPE with a blank in front of the first text alone, as transformers has Llama 2's."""
+    core = Tokenizer(models.BPE(vocab={"<s>": 0, "▁": 1, "a": 2, "▁a": 3}, merges=[("▁", "a")]))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    core.add_special_tokens(["<s>"])
+    return ChatTokenizer(PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="<s>"))
+
+
+def test_a_blank_in_front_of_the_first_text_alone() -> None:
+    """llama.cpp puts it in front of every text between special tokens, or of none."""
+    tokenizer = pieces()
+    assert tokenizer.encode(["a<s>a"]) == [[3, 0, 2]]
+    for template, prefix in (("<s>{{ messages[0].content }}", False), ("{{ messages[0].content }}", True)):
+        keys = words_of(tokenizer, Template("own", template), {}, 4)
+        assert keys["tokenizer.ggml.add_space_prefix"] is prefix
+        remarks = left_out(core_of(tokenizer), prefixed=prefix)
+        assert remarks == ["no second blank in front of a text that begins with one",
+                           "a blank in front of the first text alone"] * prefix  # fmt: skip
+        cut = reader_of(Vocabulary(keys), tokenizer)
+        assert cut("a<s>a") == ([3, 0, 3] if prefix else [2, 0, 2])
+        assert (cut("<s>a a") == tokenizer.encode(["<s>a a"])[0]) is not prefix
+
+
 def test_more_tokens_than_rows_are_refused() -> None:
     with pytest.raises(ModelError, match="has a token 3, and the model's table only 3 rows"):
         tokenizer_keys(UNIGRAM, 3, NONE, None)
-
-
-def test_llama_cpp_answers_as_we_do(tmp_path: Path) -> None:
-    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-    if not STORIES.is_dir():
-        pytest.skip("needs ../shared/models/stories260K")
-    written(tmp_path / "m.gguf", model=str(STORIES))
-    theirs = llama_cpp.Llama(str(tmp_path / "m.gguf"), n_ctx=128, verbose=False, n_threads=1)
-    tokenizer, model = AutoTokenizer.from_pretrained(STORIES), AutoModelForCausalLM.from_pretrained(STORIES)
-    ids = tokenizer("Once upon a time, Lily", return_tensors="pt").input_ids
-    assert theirs.tokenize(b"Once upon a time, Lily") == ids[0].tolist()
-    ours = model.generate(ids, max_new_tokens=40, do_sample=False)[0, ids.shape[1] :].tolist()
-    answer = theirs.generate(ids[0].tolist(), temp=0.0)
-    assert [next(answer) for _ in ours] == ours

@@ -129,6 +129,23 @@ def test_the_scores_are_those_that_the_loss_is_of(name: str, packing: bool) -> N
     torch.testing.assert_close(F.cross_entropy(scores, targets, reduction="sum"), loss)
 
 
+@pytest.mark.parametrize("head", ["frozen", "trained", "the model's"])
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
+def test_smoothing_is_that_of_torch_and_of_the_loss_alone(packing: bool, head: str) -> None:
+    model, batch = (
+        adapted("llama", trainable=("head",) if head == "trained" else ()).eval(),
+        whole_batch(packing=packing),
+    )
+    model.__class__ = Warmer if head == "the model's" else type(model)
+    path = Path(model, survey(model), packing)
+    with torch.no_grad(), prepared(path):
+        scores, targets = (torch.cat(parts) for parts in zip(*path.scores(batch), strict=True))
+        smoothed, plain = path.loss(batch, smoothing=0.2), path.loss(batch)
+    expected = F.cross_entropy(scores, targets, reduction="sum", label_smoothing=0.2)
+    torch.testing.assert_close(smoothed, expected)
+    assert float(smoothed - plain) != 0.0
+
+
 def test_scores_come_some_rows_at_a_time() -> None:
     model = made("llama")
     data = collate(rows(), [5] * 20, packing=True)

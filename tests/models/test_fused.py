@@ -17,7 +17,8 @@ from fused_models import FUSABLE, Step, adapted, by_definition, farthest, made, 
 from reference.norms import distance
 from step_models import LENGTHS, rows
 from truetune.adapters.inject import attach
-from truetune.adapters.lora import LoRALinear, projection_group
+from truetune.adapters.lora import LoRALinear
+from truetune.adapters.projecting import projection_group
 from truetune.config.lora import DoRA
 from truetune.data.pack import collate
 from truetune.models.forward import Path, prepared

@@ -12,8 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from truetune.adapters.inject import tied_paths
 from truetune.checkpoint.tensors import open_index
+from truetune.models.by_files import TIED, plain_config
 from truetune.models.load import load_config, skeleton
-from truetune.models.outline import TIED, outline, plain_config
+from truetune.models.outline import outline
 
 SMALL = {
     "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,

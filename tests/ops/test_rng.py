@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from truetune.adapters.lora import LoRALinear, projection_group
+from truetune.adapters.lora import LoRALinear
+from truetune.adapters.projecting import projection_group
 from truetune.ops.projection import project
 from truetune.ops.rng import (
     LISTED,

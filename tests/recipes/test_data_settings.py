@@ -1,5 +1,6 @@
 """What settings about data make of rows, and what is said and counted of it."""
 
+import io
 import json
 import os
 import subprocess
@@ -9,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from conftest import CHATML
 from truetune.cli.main import main
 from truetune.config.sft import SFTConfig
 from truetune.data.template import without_thinking
-from truetune.errors import ConfigError
+from truetune.errors import ConfigError, DataError
 from truetune.models.tokenizer import ChatTokenizer
 from truetune.recipes.data import Prepared, prepare_sft
 from truetune.train.log import Screen
@@ -159,3 +161,32 @@ def test_a_row_over_the_limit_is_shown_with_its_start(
     assert "0 once upon" in out
     assert "row 9" in out
     assert "… and" not in out  # a count of lines is none of rows
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [chat("a"), chat("a"), chat("b")])
+
+    class Writer(io.StringIO):
+        """Whoever appends a row as soon as the repeated rows are warned of, which is after reading."""
+
+        def write(self, text: str, /) -> int:
+            with path.open("a") as file:
+                file.write(json.dumps(chat("c")) + "\n")
+            return super().write(text)
+
+    config = SFTConfig(model=str(tiny_model), data=(str(path),))
+    tokenizer, screen = ChatTokenizer.load(str(tiny_model)), Screen()
+    screen.console = Console(file=Writer())
+    with pytest.raises(DataError, match=r"rows\.jsonl: changed while being read[\s\S]*the same command again"):
+        prepare_sft(config, tokenizer, max_length=256, screen=screen)
+    assert prepare_sft(config, tokenizer, max_length=256, screen=Screen()).report["read"] > 3
+
+
+def test_a_file_that_is_named_twice_is_told(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "rows.jsonl", [chat("a"), chat("b")])
+    config = SFTConfig(model=str(tiny_model), data=(str(path), str(path)))
+    made = prepare_sft(config, ChatTokenizer.load(str(tiny_model)), max_length=256, screen=Screen())
+    assert made.report["read"] == 4
+    assert "1 file is named more than once in --data" in capsys.readouterr().err

@@ -12,7 +12,7 @@ import transformers
 
 from truetune.cli.main import main
 from truetune.config.generate import GenerateConfig
-from truetune.generate.answer import Sampling, answer
+from truetune.generate.answer import answer_all
 from truetune.recipes.generate import load_speaker
 from truetune.train.log import Screen
 
@@ -68,8 +68,8 @@ def test_a_seed_repeats_a_draw_and_another_does_not(tiny_model: Path, capsys: py
 def test_a_stop_token_ends_the_answer(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The token that the model says third is made a stop token by its generation settings."""
     speaker = load_speaker(GenerateConfig(model=str(tiny_model), prompt="x"), Screen())
-    said = answer(speaker.model, speaker.tokenizer, speaker.prompt_ids("Add 1 and 2."), stop_ids=frozenset(),
-                  sampling=Sampling(max_new_tokens=3))  # fmt: skip
+    prompt = speaker.prompt_ids("Add 1 and 2.")
+    (said,) = answer_all(speaker.model, [prompt], stop_ids=frozenset(), longest=3)
     model = tmp_path / "model"
     shutil.copytree(tiny_model, model)
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [said[2]]}), encoding="utf-8")
@@ -87,6 +87,40 @@ def test_settings_of_the_models_own_are_not_mixed_in(
     assert ask(capsys, model)["text"] == ask(capsys, tiny_model)["text"]
     drawn = ("--temperature", "1.5", "--seed", "1")
     assert ask(capsys, model, *drawn)["text"] == ask(capsys, tiny_model, *drawn)["text"]
+
+
+def test_answers_keep_to_a_schema(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("llguidance")
+    schema, rows, out = tmp_path / "schema.json", tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    schema.write_text(json.dumps({"type": "array", "items": {"type": "boolean"}, "maxItems": 2}), encoding="utf-8")
+    found = ask(capsys, tiny_model, "--json-schema", str(schema), "--max-new-tokens", "200", "--temperature", "1")
+    assert found["stopped"] is True
+    assert all(isinstance(value, bool) for value in json.loads(found["text"]))
+    rows.write_text('{"prompt": "a"}\n{"prompt": "b"}\n', encoding="utf-8")
+    argv = ["generate", "--model", str(tiny_model), "--input", str(rows), "--output", str(out), "--temperature", "1"]
+    assert main([*argv, "--json-schema", str(schema)]) == 0
+    for line in out.read_text(encoding="utf-8").splitlines():
+        assert all(isinstance(value, bool) for value in json.loads(json.loads(line)["answer"]))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "can't be read"),
+        ("[1]", "holds no schema"),
+        ('{"not": {}}', "no answer can have this form"),
+        (None, "No such"),
+    ],
+)
+def test_a_schema_that_is_none_is_refused(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None, said: str
+) -> None:
+    pytest.importorskip("llguidance")
+    if text is not None:
+        (tmp_path / "schema.json").write_text(text, encoding="utf-8")
+    argv = ["generate", "--model", str(tiny_model), "--prompt", "x", "--json-schema", str(tmp_path / "schema.json")]
+    assert main(argv) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
 
 
 def test_an_adapter_of_another_base_is_refused(

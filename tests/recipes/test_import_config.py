@@ -274,3 +274,10 @@ def test_every_rule_names_settings_that_we_have(name: str) -> None:
         for value in (True, 1, "lora", "x,y", ["a"]):
             said = read(PROGRAMS[name], {key: value}, devices=1).settings
             assert set(said) <= fields, (key, rule)
+
+
+def test_a_number_that_is_a_text_there_is_the_same_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.sh").write_text(SWIFT, encoding="utf-8")
+    kinds = {line["theirs"]: line["kind"] for line in imported(capsys, str(tmp_path / "run.sh"))["lines"]}
+    assert {kinds[name] for name in ("learning_rate", "lora_rank", "target_modules", "save_total_limit")} == {"taken"}
+    assert {kinds[name] for name in ("dataset", "gradient_accumulation_steps", "use_dora")} == {"changed"}

@@ -107,6 +107,10 @@ def test_a_gguf_and_two_of_them(tiny_model: Path, tmp_path: Path, ask: Ask) -> N
     assert rows["key: general.file_type"]["b"] == 1
     assert "blk.0.attn_q.weight" in rows
     assert "output_norm.weight" not in rows
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "f16.gguf").rename(tmp_path / "folder" / "model.gguf")
+    assert ask(tmp_path / "folder") == facts  # as for Ollama
+    assert "blk.0.attn_q.weight" in told(ask("--diff", tmp_path / "f32.gguf", tmp_path / "folder"))
     (tmp_path / "bad.gguf").write_bytes((tmp_path / "f32.gguf").read_bytes()[:999])
     assert main(["inspect", str(tmp_path / "bad.gguf")]) == 2
 

@@ -264,3 +264,19 @@ def test_what_a_kill_in_the_first_write_leaves_is_no_obstacle(finished: Path, ti
     run_sft(tiny_model, finished / "rows.jsonl", tmp_path / "out", resume="auto", **FLAGS)
     assert differences(finished / "out", tmp_path / "out") == []
     assert not list((tmp_path / "out").glob(".run.yaml*"))
+
+
+def test_a_setting_younger_than_the_run_is_taken_as_its_default(cut: Path, finished: Path, tiny_model: Path) -> None:
+    """A run goes on under a version that knows more settings; what was never asked for can't have changed."""
+    settings = cut / "run.yaml"
+    lines = settings.read_text(encoding="utf-8").splitlines(keepends=True)
+    settings.write_text("".join(line for line in lines if "neftune_alpha" not in line), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"--neftune-alpha: None, now 5\.0"):
+        run_sft(tiny_model, finished / "rows.jsonl", cut, resume="auto", neftune_alpha=5.0, **FLAGS)
+    run_sft(tiny_model, finished / "rows.jsonl", cut, resume="auto", **FLAGS)
+    assert differences(finished / "out", cut) == []
+
+
+def test_a_proof_may_be_asked_for_on_resuming(cut: Path, finished: Path, tiny_model: Path) -> None:
+    run_sft(tiny_model, finished / "rows.jsonl", cut, resume="auto", verify_prompts=3, **FLAGS)
+    assert differences(finished / "out", cut) == []

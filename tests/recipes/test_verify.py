@@ -11,14 +11,17 @@ from typing import Any
 import pytest
 
 import truetune
-from proof_runs import change_json, copy_of, facts, row_of, trained
+from proof_runs import change_json, copy_of, facts, row_of, trained, verdict
 from training_runs import run_pretrain, run_sft, write_rows
 from truetune.cli.main import main
+from truetune.config.export import ExportConfig
 from truetune.config.generate import GenerateConfig
+from truetune.config.resolve import resolve
 from truetune.config.verify import VerifyConfig
+from truetune.data.template import Template
 from truetune.errors import CheckpointError, TruetuneError
-from truetune.generate.answer import Sampling, answer
-from truetune.recipes import verify_reference
+from truetune.generate.answer import answer_all
+from truetune.recipes import export, verify_reference
 from truetune.recipes.generate import load_speaker
 from truetune.train.log import Screen
 
@@ -73,7 +76,6 @@ def test_an_adapter_alone_needs_the_reference_of_its_run(run: Path, tmp_path: Pa
     [
         (["nowhere"], "there is no folder nowhere"),
         (["RUN", "nowhere"], "there is no artefact nowhere"),
-        (["RUN", "RUN/adapter"], "an adapter: name it in place of the run"),
         (["RUN", "RUN/data"], "nothing that can be verified"),
         (["RUN/data"], "neither a run nor an adapter"),
         (["RUN", "--against", "pefd"], "did you mean 'peft'"),
@@ -97,6 +99,46 @@ def test_a_run_that_was_not_finished_says_so(run: Path, tmp_path: Path) -> None:
     shutil.rmtree(cut / "adapter")
     with pytest.raises(CheckpointError, match="its training has not ended"):
         facts(cut)
+
+
+# --- adapters in other forms -----------------------------------------------------------------------------------------
+
+
+def served(run: Path, out: Path) -> Path:
+    export.run(resolve(ExportConfig, file=None, flags={"to": "peft-serving", "adapter": str(run), "out": str(out)}))
+    return out
+
+
+def test_an_adapter_for_servers_is_held_against_the_run(run: Path, tmp_path: Path) -> None:
+    moved = copy_of(run, tmp_path / "run")
+    (moved / "artefacts.json").unlink(missing_ok=True)
+    out = served(moved, tmp_path / "served")
+    (_, row) = facts(moved)["artefacts"]  # without being named
+    assert (row["name"], row["verdict"], row["prompts"], row["answers"]) == (str(out), "faithful", [8, 8], [8, 8])
+
+
+def test_an_adapter_that_was_changed_on_its_way_is_drift(run: Path, tmp_path: Path) -> None:
+    wrong = served(copy_of(run, tmp_path / "run"), tmp_path / "scaled")
+    change_json(wrong / "adapter_config.json", lora_alpha=99.0)
+    assert "logits differ" in verdict(run, wrong)[1]
+    worded = copy_of(run / "adapter", tmp_path / "worded")
+    card = json.loads((worded / "truetune.json").read_text(encoding="utf-8"))
+    other = Template("own", "{{ messages[0].content }}")
+    change_json(worded / "truetune.json", template=card["template"] | {"source": other.source})
+    assert "was trained on another template" in verdict(run, worded)[1]  # than it brings
+    change_json(worded / "truetune.json", template=card["template"] | {"source": other.source, "sha256": other.digest})
+    assert "8 of 8 prompts become other tokens" in verdict(run, worded)[1]
+
+
+def test_an_adapter_with_a_base_of_its_own(tiny_model: Path, tmp_path: Path) -> None:
+    run = trained(tiny_model, tmp_path, trainable=["norm"])
+    out = served(run, tmp_path / "served")
+    assert (out / "base").is_dir()
+    assert verdict(run, out) == ("faithful", "")
+    shutil.rmtree(out / "base")  # on the run's own base it is another model
+    shutil.copytree(tiny_model, out / "base")
+    says, why = verdict(run, out)
+    assert (says, "was trained on other weights" in why) == ("drift", True)
 
 
 # --- settings ------------------------------------------------------------------------------------------------------
@@ -229,8 +271,8 @@ class Fake(ThreadingHTTPServer):
 
     def reply(self, body: dict[str, Any]) -> dict[str, Any]:
         ids = self.speaker.prompt_ids(body["messages"][0]["content"])
-        sampling = Sampling(body["max_tokens"])
-        new = answer(self.speaker.model, self.speaker.tokenizer, ids, stop_ids=self.speaker.stop_ids, sampling=sampling)
+        stop_ids = self.speaker.stop_ids
+        (new,) = answer_all(self.speaker.model, [ids], stop_ids=stop_ids, longest=body["max_tokens"])
         text = self.speaker.tokenizer.hf.decode(new, skip_special_tokens=True)
         finish = "stop" if new[-1] in self.speaker.stop_ids else "length"
         return {
@@ -243,7 +285,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: Fake
 
     def do_GET(self) -> None:
-        self._say({"data": [{"id": "tiny"}]} if self.path == "/v1/models" else {}, 200)
+        self._say({"data": [{"id": name} for name in ("tiny", "other")]} if self.path == "/v1/models" else {}, 200)
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -288,6 +330,7 @@ def test_a_server_is_held_to_prompts_and_answers(
     (row,) = [r for r in facts(run, url=url, prompts=2)["artefacts"] if r["loader"] == "http"]
     assert row["verdict"] == says
     assert why in " ".join(row["reasons"])
+    assert row["notes"] == ["asked for the model 'tiny'; it lists tiny, other: --served-model names another"]
 
 
 def test_a_server_that_does_not_know_the_model_can_t_be_told(server: Fake, run: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,15 @@ from transformers import PreTrainedModel
 
 from truetune.adapters.inject import attach
 from truetune.config.lora import LoRA
-from truetune.train.estimate import Estimate, count_parameters, estimate_memory, flops_per_token, text_shape
+from truetune.train.estimate import (
+    Demand,
+    Economy,
+    Estimate,
+    count_parameters,
+    estimate_memory,
+    flops_per_token,
+    text_shape,
+)
 
 RECOMPUTE = ("none", "cheap", "full")
 SHAPE = {"hidden_size": 64, "intermediate_size": 172, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -28,10 +37,13 @@ def unloaded(**changes: Any) -> PreTrainedModel:
 
 
 def estimated(model: PreTrainedModel | None = None, **changes: Any) -> Estimate:
+    """With ``changes`` of the demand or the economy, whichever has a field of that name."""
     model = model or unloaded()
-    given: dict[str, Any] = {"storage": torch.bfloat16, "micro_tokens": 4096, "trained_share": 0.5, "process": 300.0,
-                             "fused": True, "recompute": "cheap"}  # fmt: skip
-    return estimate_memory(model, model.config, **(given | changes))
+    demand = Demand(storage=torch.bfloat16, micro_tokens=4096, trained_share=0.5, process=300.0, fused=True)
+    names = {field.name for field in fields(Demand)}
+    demand = replace(demand, **{name: value for name, value in changes.items() if name in names})
+    economy: dict[str, Any] = {"recompute": "cheap"} | {k: v for k, v in changes.items() if k not in names}
+    return estimate_memory(model, model.config, demand, Economy(**economy))
 
 
 def test_the_total_is_the_sum_of_what_is_named() -> None:

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from truetune.adapters.base import Adapter, Change, LowRankUpdate
 from truetune.adapters.input_dropout import dropped_input
 from truetune.adapters.linear_sites import check_linear, linear_sites
-from truetune.adapters.lora import projection_group
 from truetune.adapters.methods import Site
 from truetune.adapters.peft_fields import Fields, excluded, layers_of, plain_number, targets_of
+from truetune.adapters.projecting import projection_group
 from truetune.adapters.rank_allocation import BETA, Phases
 from truetune.adapters.targets import shortest_names
 from truetune.config.lora import AdaLoRA, AdaLoRATrained

@@ -75,11 +75,19 @@ class BottleneckAdapter(Adapter):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[..., in] -> [..., width], in the dtype of the base's output."""
+        y, seen = self.observed(x, *args, **kwargs)
+        return y + self.added(seen).to(y.dtype)
+
+    def observed(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """See ``adapters.summed.Adding``."""
         y: Tensor = self.base(x, *args, **kwargs)
-        read = self._read(x, y)
+        return y, (x, y)
+
+    def added(self, seen: tuple[Tensor, Tensor]) -> Tensor:
+        """[..., width], of the part's input and its output."""
+        read = self._read(*seen)
         inner = self.activation(F.linear(read, self.down.to(read.dtype), self.down_bias.to(read.dtype)))
-        added = F.linear(inner, self.up.to(read.dtype), self.up_bias.to(read.dtype))
-        return y + (added * self.scale).to(y.dtype)
+        return F.linear(inner, self.up.to(read.dtype), self.up_bias.to(read.dtype)) * self.scale
 
     def _read(self, x: Tensor, y: Tensor) -> Tensor:
         """[..., width], what D is applied to."""

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import Parameter
 
 from truetune.adapters.base import Adapter, LowRankUpdate
+from truetune.adapters.beneath import own_path, updates_by_layer
 from truetune.adapters.inject import Attachment
 from truetune.adapters.lora import LoRALinear
 from truetune.adapters.lora_conv import LoRAConv
@@ -37,8 +38,33 @@ def layers_of(
     return layers
 
 
+def flattened(layers: Mapping[str, Adapter]) -> dict[str, Adapter] | None:
+    """An adapter on top of another one as a single LoRA beside each layer; None where it is no low-rank update."""
+    updates = updates_by_layer(layers)
+    bases = {own_path(path): layer for path, layer in layers.items() if own_path(path) == path}
+    if bases.keys() != updates.keys() or any(layer.update() is None for layer in layers.values()):
+        return None
+    return layers_of({path: _innermost(layer) for path, layer in bases.items()}, updates)
+
+
+def _innermost(layer: nn.Module) -> nn.Module:
+    while isinstance(layer, Adapter):
+        layer = layer.base
+    return layer
+
+
 def attachment_of(updates: Mapping[str, LowRankUpdate], tied: tuple[str, ...] = ()) -> Attachment:
-    """What ``attach`` would have returned for such layers: for saving them."""
+    """What ``attach`` would have returned for such layers: for saving them.
+
+    Raises:
+        AdapterError: there is no layer with an update; AdaLoRA may have left none a rank.
+    """
+    if not updates:
+        raise AdapterError(
+            "the adapters change no layer: nothing is left to make one of",
+            ("likely", "AdaLoRA whose ranks are all 0"),
+            ("way out", "train with a larger --target-rank"),
+        )
     rank = Counter(len(update.a) for update in updates.values()).most_common(1)[0][0]
     shifted = any(update.shift is not None for update in updates.values())
     config = LoRA(rank=rank, alpha=float(rank), lora_bias=shifted, targets=tuple(updates))

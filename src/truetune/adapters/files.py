@@ -6,23 +6,28 @@ it, unless it is at the value that means "off".
 
 from __future__ import annotations
 
-import json
-import pickle
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
+from safetensors.torch import load as parse_file
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from truetune.adapters.inject import attach, attach_rows, attachment, detach, tied_paths
+from truetune.adapters.beneath import lay
+from truetune.adapters.folder import digest, nearby, read_json, read_pickle, write_json
+from truetune.adapters.inject import Attachment, attach, attach_rows, attachment, detach, tied_paths
+from truetune.adapters.methods import module_of
+from truetune.adapters.names import CARD as CARD
+from truetune.adapters.names import CONFIG as CONFIG
+from truetune.adapters.names import WEIGHTS as WEIGHTS
 from truetune.adapters.parts import has_bias
-from truetune.adapters.peft_config import from_peft, saved_modules, to_peft
+from truetune.adapters.peft_config import from_peft, is_on_another, saved_modules, to_peft
 from truetune.adapters.targets import targeted
 from truetune.adapters.tensors import fill as fill
+from truetune.adapters.tensors import frozen_updates
 from truetune.adapters.tensors import state as state
 from truetune.adapters.tensors import to_file as to_file
 from truetune.adapters.token_rows import FIELD, saved_rows
@@ -31,17 +36,22 @@ from truetune.config.adapter import AdapterConfig, Targeted
 from truetune.errors import AdapterError
 
 _MOST_UNKNOWN_ROWS = 4096  # that an adapter made elsewhere may have skipped, to round its vocabulary up
-CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "truetune.json"
+BENEATH = "beneath"
+"""The folder in an adapter's with the one that it was trained on top of, and what ``truetune.json`` calls that."""
 
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An adapter folder, read: settings, tensors in float32 or as stored, and our card when there is one."""
+    """An adapter folder, read: settings, tensors in float32 or as stored, and our card when there is one.
+
+    ``beneath`` is the frozen adapter that it was trained on top of; its folder is where it was then.
+    """
 
     folder: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     card: Mapping[str, Any]
+    beneath: AdapterFile | None = None
 
     @property
     def settings(self) -> AdapterConfig:
@@ -63,37 +73,113 @@ def save(model: nn.Module, folder: Path, *, base: str | None, card: Mapping[str,
         raise AdapterError("the model carries no adapter", ("way out", "truetune.attach(model, truetune.LoRA()) first"))
     new = new_tokens(model)
     content = {**(card or {}), **({KEY: new.card()} if new else {})}
-    write(AdapterFile(folder, to_peft(model, attached, base=base), to_file(model), content), folder)
+    settings = to_peft(model, attached, base=base)
+    write(AdapterFile(folder, settings, to_file(model), content, attached.beneath), folder)
 
 
 def write(file: AdapterFile, folder: Path) -> None:
     """Write an adapter's settings, tensors and card into ``folder``, which must exist or be creatable."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(dict(file.tensors), folder / WEIGHTS, metadata={"format": "pt"})
-    _write_json(folder / CONFIG, file.config)
-    _write_json(folder / CARD, file.card)
+    write_json(folder / CONFIG, file.config)
+    card = dict(file.card)
+    if first := file.beneath:
+        write(first, folder / BENEATH)
+        where, method = str(first.folder.resolve()), first.settings.kind
+        card[BENEATH] = {"folder": where, "method": method, "sha256": digest(folder / BENEATH / WEIGHTS)}
+    write_json(folder / CARD, card)
 
 
-def read(folder: Path) -> AdapterFile:
+def read(folder: Path, *, mapped: bool = True) -> AdapterFile:
     """Read an adapter folder without touching any model.
 
+    Args:
+        mapped: tensors may be views of the file. Not for what has to outlive a file that is cut short under its hands:
+            the system ends a process that looks at pages which are gone.
     Raises:
         AdapterError: not an adapter folder, or a file in it that can't be read.
     """
     if not (folder / CONFIG).is_file():
-        raise AdapterError(f"{folder} is no adapter: it has no {CONFIG}", ("way out", _nearby(folder)))
-    config = _read_json(folder / CONFIG)
-    card = _read_json(folder / CARD) if (folder / CARD).is_file() else {}
+        raise AdapterError(f"{folder} is no adapter: it has no {CONFIG}", ("way out", nearby(folder)))
+    config = read_json(folder / CONFIG)
+    card = read_json(folder / CARD) if (folder / CARD).is_file() else {}
     if (folder / WEIGHTS).is_file():
         try:
-            tensors = load_file(folder / WEIGHTS)
+            weights = folder / WEIGHTS
+            tensors = load_file(weights) if mapped else parse_file(weights.read_bytes())
         except (SafetensorError, OSError) as error:
             raise AdapterError(f"{folder / WEIGHTS} can't be read: {error}", ("likely", "a copy cut short")) from None
     elif (folder / "adapter_model.bin").is_file():
-        tensors = _read_pickle(folder / "adapter_model.bin")
+        tensors = read_pickle(folder / "adapter_model.bin")
     else:
         raise AdapterError(f"{folder} has no {WEIGHTS}")
-    return AdapterFile(folder, config, tensors, card)
+    return AdapterFile(folder, config, tensors, card, _beneath(folder, config, card, mapped=mapped))
+
+
+def _beneath(folder: Path, config: Mapping[str, Any], card: Mapping[str, Any], *, mapped: bool) -> AdapterFile | None:
+    """The adapter that another was trained on top of, where there is one.
+
+    Raises:
+        AdapterError: it is not there, or is another.
+    """
+    if not is_on_another(config):
+        return None
+    known = card.get(BENEATH)
+    if not isinstance(known, dict):
+        raise AdapterError(
+            f"{folder} was trained on top of another adapter, and its {CARD} does not name it",
+            ("way out", f"copy the folder whole, with {CARD} and {BENEATH}/"),
+        )
+    where, wanted = folder / BENEATH, str(known.get("sha256"))
+    was = ("trained on", f"{known.get('method')} of {known.get('folder')} ({wanted[:12]})")
+    if not (where / WEIGHTS).is_file():
+        raise AdapterError(
+            f"{folder} was trained on top of another adapter, and that is not there",
+            was,
+            ("expected", f"{where}, with its {CONFIG} and {WEIGHTS}"),
+            ("way out", "copy the folder whole; alone it would answer nonsense"),
+        )
+    if (found := digest(where / WEIGHTS)) != wanted:
+        raise AdapterError(
+            f"{where} is not the adapter that {folder} was trained on top of",
+            was,
+            ("found", found[:12]),
+            ("way out", "put that one there"),
+        )
+    return replace(read(where, mapped=mapped), folder=Path(str(known.get("folder"))))
+
+
+def put_beneath(model: nn.Module, first: AdapterFile) -> None:
+    """Make a frozen adapter part of the maps of a model that carries none; ``detach`` takes it out again.
+
+    Raises:
+        AdapterError: it does not fit, or is none that another can be trained on; the model is as it was.
+    """
+    load(model, first)
+    try:
+        updates = frozen_updates(model, first.tensors, where=str(first.folder))
+    finally:
+        detach(model)
+    lay(model, updates)
+
+
+def attach_on(
+    model: nn.Module, first: AdapterFile, *, config: AdapterConfig, seed: int, prompt_ids: Sequence[int] = ()
+) -> Attachment:
+    """Put a method's adapters on a model, on top of one that stays frozen; returns what was wrapped.
+
+    Raises:
+        AdapterError: as ``attach`` and ``put_beneath``; then the model is as it was.
+    """
+    sites = module_of(config.kind).sites(model, config)  # of the bare model, as the file's keys are
+    put_beneath(model, first)
+    try:
+        attached = replace(attach(model, config, seed=seed, sites=sites, prompt_ids=prompt_ids), beneath=first)
+    except BaseException:
+        detach(model)
+        raise
+    model.truetune_attachment = attached  # type: ignore[assignment]
+    return attached
 
 
 def load(
@@ -123,6 +209,8 @@ def load(
         config = config.model_copy(update={"trainable": tuple(part for part in config.trainable if part != "bias")})
     # Names that this model has nothing for: an adapter's list may be of a whole family of models.
     sites = targeted(model, config, all_must_match=False) if isinstance(config, Targeted) else None
+    if file.beneath and sites is None:
+        sites = module_of(config.kind).sites(model, config)
     full = saved_modules(model, file.config)
     tie = bool(file.config.get("ensure_weight_tying"))
     plain = config.model_copy(update={"token_rows": ()})  # which may be rows of one layer and not of another
@@ -130,7 +218,10 @@ def load(
     grows = _grow(model, file, config.token_rows)
     try:
         rows = saved_rows(model, file.config.get(FIELD), tied_paths(model))
-        attach(model, plain, sites=sites, full=full, tie=tie, in_float32=trained)
+        if file.beneath:
+            put_beneath(model, file.beneath)
+        attached = attach(model, plain, sites=sites, full=full, tie=tie, in_float32=trained)
+        model.truetune_attachment = replace(attached, beneath=file.beneath)  # type: ignore[assignment]
         if rows:
             attach_rows(model, rows, grew_from=before if grows else None)
         if before_fill is not None:
@@ -167,39 +258,3 @@ def _grow(model: nn.Module, file: AdapterFile, ids: Sequence[int]) -> bool:
         admit(model, new)
     resize(model, needed)
     return bool(new) or needed > before
-
-
-def _read_pickle(path: Path) -> dict[str, Tensor]:
-    """PEFT's older file; only tensors are unpickled."""
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise AdapterError(f"{path} can't be read: {reason}", ("likely", "a copy cut short, or no weights")) from None
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise AdapterError(f"{path} holds something else than tensors by name")
-    return tensors
-
-
-def _nearby(folder: Path) -> str:
-    """A folder with an adapter close to where the user looked."""
-    if folder.is_file():
-        return "pass the folder that holds an adapter, not a file"
-    if not folder.is_dir():
-        return f"there is no folder {folder}"
-    found = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
-    return f"pass {found[0]}" if found else "pass the folder that holds it"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{path} can't be read as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise AdapterError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -46,14 +46,24 @@ class Settings:
 
 
 def load(
-    model: nn.Module, path: Path, *, alpha: float | None = None, enable_lora: Sequence[bool] | None = None
+    model: nn.Module,
+    path: Path,
+    *,
+    alpha: float | None = None,
+    enable_lora: Sequence[bool] | None = None,
+    mixed_maps: bool | None = None,
 ) -> None:
     """Put the adapter that a file holds on a model, and fill it. Arguments and errors as in ``read``."""
-    attach_file(model, read(path, model, alpha=alpha, enable_lora=enable_lora))
+    attach_file(model, read(path, model, alpha=alpha, enable_lora=enable_lora, mixed_maps=mixed_maps))
 
 
 def read(
-    path: Path, model: nn.Module, *, alpha: float | None = None, enable_lora: Sequence[bool] | None = None
+    path: Path,
+    model: nn.Module,
+    *,
+    alpha: float | None = None,
+    enable_lora: Sequence[bool] | None = None,
+    mixed_maps: bool | None = None,
 ) -> AdapterFile:
     """Read a file as the adapter folder that says the same.
 
@@ -62,6 +72,7 @@ def read(
         alpha: what the update was multiplied by, over the rank.
         enable_lora: as loralib has it, such as ``[True, False, True]`` for the first and last third of a fused layer;
             of litgpt, queries, keys and values.
+        mixed_maps: of a LLaMA-Adapter, as ``foreign_prompts`` has it.
     Raises:
         AdapterError: a file that can't be read or holds something else, layers that the model lacks, or settings that
             are in no file and were not given.
@@ -71,7 +82,7 @@ def read(
         return AdapterFile(path, *foreign_bottleneck.of_hub(hub, held, model, path), {})
     tensors = _tensors(path)
     if has_prompts(tensors):
-        return AdapterFile(path, *of_lit_prompts(tensors, path), {})
+        return AdapterFile(path, *of_lit_prompts(tensors, model, path, mixed_maps=mixed_maps), {})
     layers = sorted({name.removesuffix(".lora_A") for name in tensors if name.endswith(".lora_A")})
     pairs = {name: (tensors.pop(f"{name}.lora_A"), tensors.pop(f"{name}.lora_B", None)) for name in layers}
     halves = [name for name, (_, b) in pairs.items() if b is None]

@@ -16,11 +16,11 @@ from truetune.ops.frozen import frozen_weight, is_linear
 Pairs = Mapping[str, tuple[Tensor, Tensor]]
 
 # litgpt's names within a layer, and transformers' in Llama and what is built like it.
-_WITHIN = {
+WITHIN = {
     "attn.proj": "self_attn.o_proj", "mlp.fc_1": "mlp.gate_proj", "mlp.fc_2": "mlp.up_proj",
     "mlp.proj": "mlp.down_proj",
 }  # fmt: skip
-_FUSED = ("q_proj", "k_proj", "v_proj")
+FUSED = ("q_proj", "k_proj", "v_proj")
 
 
 @dataclass(frozen=True)
@@ -118,10 +118,10 @@ def of_lit(pairs: Pairs, model: nn.Module, enabled: Sequence[bool] | None) -> li
         matched = re.fullmatch(r"transformer\.h\.(\d+)\.(.+)", name)
         if matched is None:
             found.append(Layer(name, a, b))
-        elif matched[2] in _WITHIN:
-            found.append(Layer(f"model.layers.{matched[1]}.{_WITHIN[matched[2]]}", a, b))
+        elif matched[2] in WITHIN:
+            found.append(Layer(f"model.layers.{matched[1]}.{WITHIN[matched[2]]}", a, b))
         else:
-            paths = [f"model.layers.{matched[1]}.self_attn.{part}" for part in _FUSED]
+            paths = [f"model.layers.{matched[1]}.self_attn.{part}" for part in FUSED]
             if all(path in known for path in paths):
                 found += _split(name, paths, known, a, b, enabled)
     if not found or any(layer.path not in known for layer in found):
@@ -130,7 +130,7 @@ def of_lit(pairs: Pairs, model: nn.Module, enabled: Sequence[bool] | None) -> li
             ("missing", next((layer.path for layer in found if layer.path not in known), "self_attn.q_proj")),
         )
     if any(".c_attn" in name for name in pairs):
-        found = [_by_halves(layer, model) for layer in found]
+        found = [_turned(layer, model) for layer in found]
     return found
 
 
@@ -157,10 +157,14 @@ def _split(
     return [Layer(path, own, beside) for path, own, beside in parts]
 
 
-def _by_halves(layer: Layer, model: nn.Module) -> Layer:
+def _turned(layer: Layer, model: nn.Module) -> Layer:
     """lit-llama turns neighbours, rows 2i and 2i + 1 of a head, where transformers turns rows i and i + d / 2."""
     if not layer.path.endswith(("q_proj", "k_proj")):
         return layer
-    dim: int = model.get_submodule(layer.path.rpartition(".")[0]).head_dim  # type: ignore[assignment]
-    heads = layer.b.view(-1, dim // 2, 2, layer.rank)
-    return replace(layer, b=heads.transpose(1, 2).reshape(layer.b.shape))
+    return replace(layer, b=by_halves(layer.b, layer.path, model))
+
+
+def by_halves(rows: Tensor, path: str, model: nn.Module) -> Tensor:
+    """[out, n] of a map of queries or keys, each head's rows in transformers' order instead of lit-llama's."""
+    dim: int = model.get_submodule(path.rpartition(".")[0]).head_dim  # type: ignore[assignment]
+    return rows.view(-1, dim // 2, 2, rows.shape[1]).transpose(1, 2).reshape(rows.shape)

@@ -13,6 +13,8 @@ from torch.nn import Parameter
 
 from truetune.adapters import files
 from truetune.adapters.base import Adapter, LowRankUpdate
+from truetune.adapters.beneath import updates_by_layer
+from truetune.adapters.composed import flattened
 from truetune.adapters.files import AdapterFile
 from truetune.adapters.inject import Attachment, adapters, attachment, detach
 from truetune.adapters.vocabulary import rows_of_table
@@ -60,8 +62,12 @@ class Held:
     @cached_property
     def updates(self) -> Mapping[str, LowRankUpdate]:
         """Path → A, B and scale, of the layers that have such; references where the layer holds them as they are."""
-        found = {path: layer.update() for path, layer in self.layers.items()}
-        return {path: update for path, update in found.items() if update is not None}
+        return updates_by_layer(self.layers)
+
+    @property
+    def singly(self) -> Mapping[str, Adapter] | None:
+        """Path → the one adapter of a layer; one on top of another as both in a LoRA, None where they are none."""
+        return flattened(self.layers) if self.attachment.beneath else self.layers
 
     @property
     def count(self) -> int:

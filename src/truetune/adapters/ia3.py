@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from truetune.adapters.base import Adapter, Change
 from truetune.adapters.ia3_targets import AUTO, check_feedforward, feedforward_names, targets_of_family
 from truetune.adapters.linear_sites import check_linear, linear_sites
-from truetune.adapters.lora import projection_group
 from truetune.adapters.methods import Site
 from truetune.adapters.peft_fields import Fields, excluded, targets_of
+from truetune.adapters.projecting import projection_group
 from truetune.adapters.targets import matches, shortest_names
 from truetune.config.other_methods import IA3
 from truetune.ops.frozen import frozen_weight, is_conv1d
@@ -50,7 +50,7 @@ class IA3Linear(Adapter):
     """
 
     files = {"factors": "ia3_l"}  # noqa: RUF012 - ClassVar in the contract
-    dropout, site, drops_base = 0.0, 0, False  # as ``adapters.lora.Projecting`` asks for
+    dropout, site, drops_base = 0.0, 0, False  # as ``adapters.projecting.Projecting`` asks for
 
     def __init__(self, base: nn.Module, *, scales_input: bool) -> None:
         super().__init__()

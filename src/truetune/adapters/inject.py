@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -22,6 +22,9 @@ from truetune.config.adapter import AdapterConfig
 from truetune.config.methods import METHODS
 from truetune.errors import AdapterError
 
+if TYPE_CHECKING:
+    from truetune.adapters.files import AdapterFile
+
 
 @dataclass(frozen=True)
 class Attachment:
@@ -36,6 +39,7 @@ class Attachment:
     rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # path → ids of the rows that are trained
     one_matrix: tuple[str, ...] = ()  # (table, head) where the head reads the table's rows
     grew_from: int | None = None  # rows the table had, where the adapter brought tokens of its own
+    beneath: AdapterFile | None = None  # a frozen adapter that this one is on top of
 
     @property
     def virtual_tokens(self) -> int:

@@ -24,11 +24,13 @@ from torch import Tensor, nn
 
 from truetune.adapters.attention_layout import AttentionLayout, Part, attention_layouts
 from truetune.adapters.base import Adapter
+from truetune.adapters.beneath import own_path
 from truetune.adapters.methods import Site
 from truetune.adapters.peft_fields import Fields
 from truetune.adapters.rotary import turned
 from truetune.adapters.scaled_linear import OutputScale, ScaledLinear
-from truetune.adapters.targets import ALL_LINEAR, resolve_targets
+from truetune.adapters.summed import plus
+from truetune.adapters.targets import ALL_LINEAR, output_head, resolve_targets
 from truetune.config.other_methods import LlamaAdapter
 from truetune.errors import AdapterError
 from truetune.ops.frozen import frozen_weight, is_linear
@@ -53,6 +55,8 @@ class AdaptedAttention(Adapter):
         family: the model's type, for what PEFT does in one and not in another.
         by_head: whether g is [heads, 1], and not [1].
         is_second: whether its maps have a trained bias and scale.
+        is_mixed: whether the prompts' keys and values are litgpt 0.5's: the outputs of the three maps, one after the
+            other, are taken for those of one map that has each group's queries, key and value side by side.
     """
 
     files = {"prompt": "adaption_prompt", "gate": "adaption_gate"}  # noqa: RUF012 - ClassVar in the contract
@@ -67,13 +71,17 @@ class AdaptedAttention(Adapter):
         *,
         by_head: bool = False,
         is_second: bool = False,
+        is_mixed: bool = False,
     ) -> None:
         super().__init__()
         self.base, self.layout, self.family = base.requires_grad_(False), layout, family
+        self.is_mixed = is_mixed
         frozen = frozen_weight(self._map(layout.key))
         self.prompt = nn.Parameter(torch.randn(1, length, frozen.in_features, generator=generator).to(frozen.device))
         self.gate = nn.Parameter(torch.zeros((layout.heads, 1) if by_head else (1,), device=frozen.device))
-        self.maps = tuple(path for path, m in base.named_modules() if is_second and is_linear(m))
+        self.maps = tuple(
+            path for path, m in base.named_modules() if is_second and is_linear(m) and own_path(path) == path
+        )
         self.scales = nn.ModuleList(OutputScale.of(base.get_submodule(path)) for path in self.maps)
 
     def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -84,15 +92,24 @@ class AdaptedAttention(Adapter):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the base's; the queries are those that it computes itself."""
-        outputs: list[Tensor] = []
         with self._scaled():
-            queries = self._map(self.layout.query)
-            handle = queries.register_forward_hook(lambda _, inputs, output: outputs.append(output))
-            try:
-                first, *rest = self.base(*args, **kwargs)
-            finally:
-                handle.remove()
-            return (first + self._beside(outputs[0], kwargs.get("position_embeddings")).to(first.dtype), *rest)
+            made, seen = self.observed(*args, **kwargs)
+            return plus(made, self.added(seen))
+
+    def observed(self, *args: Any, **kwargs: Any) -> tuple[Any, tuple[Tensor, tuple[Tensor, Tensor] | None]]:
+        """See ``adapters.summed.Adding``: the queries before they are turned, and by what they are turned."""
+        outputs: list[Tensor] = []
+        queries = self._map(self.layout.query)
+        handle = queries.register_forward_hook(lambda _, inputs, output: outputs.append(output))
+        try:
+            made = self.base(*args, **kwargs)
+        finally:
+            handle.remove()
+        return tuple(made), (outputs[0], kwargs.get("position_embeddings"))
+
+    def added(self, seen: tuple[Tensor, tuple[Tensor, Tensor] | None]) -> Tensor:
+        """[B, T, hidden]."""
+        return self._beside(*seen)
 
     @contextlib.contextmanager
     def _scaled(self) -> Iterator[None]:
@@ -115,14 +132,23 @@ class AdaptedAttention(Adapter):
         if rotary is not None:
             q = turned(q, *(t.unsqueeze(-2) for t in rotary))
         prompt = self.prompt.to(dtype)[0]
-        k, v = (
-            self._heads(self._map(part)(prompt), part, norm).repeat_interleave(layout.heads // layout.kv_heads, dim=-2)
-            for part, norm in ((layout.key, "k_norm"), (layout.value, ""))
-        )
+        each = layout.heads // layout.kv_heads
+        k, v = (heads.repeat_interleave(each, dim=-2) for heads in self._keys_and_values(prompt))
         scale = getattr(self.base, "scaling", None) or 1 / math.sqrt(layout.head_dim)
         scores = torch.einsum("bthd,nhd->bthn", q, k) * scale
         shares = self.gate * torch.softmax(scores.float(), dim=-1)
         return self._end(torch.einsum("bthn,nhd->bthd", shares.to(dtype), v).flatten(-2))
+
+    def _keys_and_values(self, prompt: Tensor) -> tuple[Tensor, Tensor]:
+        """[length, heads of keys, head_dim] of each."""
+        layout = self.layout
+        if self.is_mixed:
+            parts = (layout.query, layout.key, layout.value)
+            rows = torch.cat([self._heads(self._map(part)(prompt), part, "").flatten(-2) for part in parts], dim=-1)
+            groups = rows.view(len(rows), layout.kv_heads, layout.heads // layout.kv_heads + 2, layout.head_dim)
+            return groups[:, :, -2], groups[:, :, -1]
+        key, value = layout.key, layout.value
+        return self._heads(self._map(key)(prompt), key, "k_norm"), self._heads(self._map(value)(prompt), value, "")
 
     def _end(self, mixed: Tensor) -> Tensor:
         """The attention's last map; its bias is in what the base returns already."""
@@ -176,7 +202,9 @@ def sites(model: nn.Module, config: LlamaAdapter) -> list[str]:
     if not config.llama_adapter_v2:
         return attentions
     linear = resolve_targets(model, (ALL_LINEAR,))
-    return [*attentions, *(path for path in linear if not path.startswith(tuple(f"{own}." for own in attentions)))]
+    outside = [path for path in linear if not path.startswith(tuple(f"{own}." for own in attentions))]
+    head = output_head(model) if config.scaled_head else None
+    return [*attentions, *outside, *(path for path, module in model.named_modules() if module is head)]
 
 
 def trains(config: LlamaAdapter) -> tuple[str, ...]:
@@ -206,20 +234,24 @@ def wrap(layer: nn.Module, config: LlamaAdapter, site: Site) -> Adapter:
     family = str(getattr(site.model.config, "model_type", ""))
     draws = site.generator("llama-adapter")
     layout, by_head = site.shared["layouts"][site.path], config.gates == "head"
-    is_second = config.llama_adapter_v2
-    return AdaptedAttention(layer, layout, config.adapter_length, family, draws, by_head=by_head, is_second=is_second)
+    return AdaptedAttention(
+        layer, layout, config.adapter_length, family, draws, by_head=by_head, is_second=config.llama_adapter_v2,
+        is_mixed=config.mixed_maps,
+    )  # fmt: skip
 
 
 def to_peft(model: nn.Module, config: LlamaAdapter, sites: Sequence[str]) -> dict[str, Any]:
     """The method's own fields of ``adapter_config.json``."""
     attentions = [path for path in sites if isinstance(model.get_submodule(path), AdaptedAttention)]
     second = {"peft_type": _SECOND_TYPE, "llama_adapter_v2": True}  # PEFT would take it for the first version
+    second |= {"scaled_head": True} if config.scaled_head else {}
     return {
         "target_modules": attentions[0].rpartition(".")[2],
         "adapter_len": config.adapter_length,
         "adapter_layers": len(attentions),
         **(second if config.llama_adapter_v2 else {}),
         **({"gates": "head"} if config.gates == "head" else {}),  # whose shape PEFT refuses
+        **({"peft_type": _SECOND_TYPE, "mixed_maps": True} if config.mixed_maps else {}),
     }
 
 
@@ -232,4 +264,6 @@ def from_peft(config: Mapping[str, Any], folder: Path) -> LlamaAdapter:
         adapter_layers=("adapter_layers", fields.take("adapter_layers")),
         gates=("gates", fields.take("gates", "layer")),
         llama_adapter_v2=("llama_adapter_v2", bool(fields.take("llama_adapter_v2"))),
+        scaled_head=("scaled_head", bool(fields.take("scaled_head"))),
+        mixed_maps=("mixed_maps", bool(fields.take("mixed_maps"))),
     )

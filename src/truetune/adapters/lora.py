@@ -8,24 +8,25 @@ Both are kept in float32 and cast at use: bf16 has too few bits to add small upd
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from typing_extensions import Self
 
-from truetune.adapters.base import Adapter, Change, LowRankUpdate
+from truetune.adapters.base import Change, LowRankUpdate
 from truetune.adapters.lora_start import Start, start
+from truetune.adapters.projecting import projection_group, projection_of
 from truetune.adapters.standalone import Mergeable
 from truetune.config.lora import LoRA
 from truetune.errors import AdapterError
 from truetune.ops import lowrank
 from truetune.ops.dropout import dropped
-from truetune.ops.frozen import frozen_weight, has_plain_products, is_conv1d
-from truetune.ops.projection import Group, Projection, project
+from truetune.ops.frozen import frozen_weight, is_conv1d
+from truetune.ops.projection import Projection, project
 from truetune.ops.rng import current_keys
 
 A, B, B_BIAS, START_A, START_B = (
@@ -169,7 +170,7 @@ class LoRALinear(Mergeable):
 
     def projection(self) -> Projection | None:
         """The layer as part of a node; None where its base is trained itself, or is of another kind."""
-        frozen = _projection(self.base)
+        frozen = projection_of(self.base)
         if frozen is None or self.is_merged:
             return frozen
         a, b = self.low_rank()
@@ -258,46 +259,3 @@ class LoRALinear(Mergeable):
 
     def _detached(self) -> dict[str, Tensor]:
         return {suffix: tensor.detach() for suffix, tensor in self.own().items()}
-
-
-class Projecting(Protocol):
-    """An adapter that can be part of a node."""
-
-    dropout: float
-    training: bool
-    site: int
-    drops_base: bool
-
-    def projection(self) -> Projection | None:
-        """It, or None where it can't."""
-
-
-def projection_group(modules: Sequence[nn.Module], tokens: int) -> Group | None:
-    """Linear maps of one input as one node of the graph; None where one of them is trained itself, or of another kind.
-
-    Args:
-        modules: frozen linear layers, adapted or not.
-        tokens: rows of the input, for the dropout masks.
-    """
-    projections = [_projection(module) for module in modules]
-    adapted = [cast(Projecting, module) for module in modules if _projects(module)]
-    if not all(projections) or len({(m.dropout, m.training, m.drops_base) for m in adapted}) > 1:
-        return None
-    found = tuple(p for p in projections if p is not None)
-    if not (adapted and adapted[0].dropout and adapted[0].training):
-        return Group(found)
-    first = adapted[0]
-    keys = current_keys(tokens, found[0].weight.device)
-    return Group(found, first.dropout, keys, first.site, first.drops_base)
-
-
-def _projects(module: nn.Module) -> bool:
-    return isinstance(module, Adapter) and hasattr(module, "projection")
-
-
-def _projection(module: nn.Module) -> Projection | None:
-    if _projects(module):
-        return cast(Projecting, module).projection()
-    if not has_plain_products(module) or any(p.requires_grad for p in module.parameters()):
-        return None
-    return Projection(frozen_weight(module), module.bias if isinstance(module.bias, Tensor) else None)

@@ -53,11 +53,6 @@ def check_patterns(config: LoRA, paths: Sequence[str]) -> None:
                 )
 
 
-def named(pattern: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """PEFT's pattern as a setting of ours."""
-    return tuple(f"{name}={number}" for name, number in (pattern or {}).items())
-
-
 def patterns_of(config: LoRA, layers: Mapping[str, nn.Module]) -> dict[str, Any]:
     """``r``, ``lora_alpha`` and the two patterns, for layers as they are."""
     kinds = LoRALinear | LoRAConv | LoRAEmbedding | ExpertUpdate

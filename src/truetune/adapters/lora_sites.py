@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,12 +14,14 @@ from truetune.adapters.loftq import original_weight
 from truetune.adapters.lora import LoRALinear
 from truetune.adapters.lora_conv import CONVOLUTIONS, LoRAConv
 from truetune.adapters.lora_embedding import LoRAEmbedding
-from truetune.adapters.lora_patterns import at_layer, check_patterns, named, named_by, patterns_of
+from truetune.adapters.lora_patterns import at_layer, check_patterns, named_by, patterns_of
+from truetune.adapters.lora_settings import START_IN_FILE
+from truetune.adapters.lora_settings import WITHOUT_EFFECT as WITHOUT_EFFECT
+from truetune.adapters.lora_settings import from_peft as from_peft
+from truetune.adapters.lora_settings import settings_of as settings_of
 from truetune.adapters.lora_slices import QKV, SlicedLinear, is_fused, rows_of
 from truetune.adapters.lora_start import Start
 from truetune.adapters.methods import Site
-from truetune.adapters.parameter_targets import NONE
-from truetune.adapters.peft_fields import Fields, excluded, layers_of, targets_of
 from truetune.adapters.targets import shortest_names, targeted
 from truetune.config.lora import LoRA
 from truetune.errors import AdapterError
@@ -28,17 +29,6 @@ from truetune.ops.frozen import frozen_weight, is_conv1d
 
 CHANGES_TABLE = True
 TRAINS: tuple[str, ...] = ()
-
-# These do not change what a trained adapter computes: how it was started, how PEFT found it.
-WITHOUT_EFFECT = (
-    "init_lora_weights", "fan_in_fan_out", "megatron_core", "qalora_group_size", "loftq_config", "eva_config",
-    "corda_config", "lora_ga_config", "merge_weights",
-)  # fmt: skip
-# These rewrite the base's weights when PEFT loads the adapter; on the base as it is on disk, A and B mean nothing.
-_INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_START_IN_FILE = "pissa, with what was taken off the base in start_A and start_B"  # no start that PEFT would take
-
-L = TypeVar("L", bound=LoRA)
 
 
 def sites(model: nn.Module, config: LoRA) -> list[str]:
@@ -104,52 +94,9 @@ def to_peft(model: nn.Module, config: LoRA, sites: Sequence[str]) -> dict[str, A
         **experts,
         "fan_in_fan_out": any(is_conv1d(module) for module in model.modules()),
         "use_rslora": config.use_rslora,
-        "init_lora_weights": _START_IN_FILE if taken_off else True,
+        "init_lora_weights": START_IN_FILE if taken_off else True,
         **({"slices": list(config.slices)} if sliced else {}),
     }
-
-
-def from_peft(config: Mapping[str, Any], folder: Path) -> LoRA:
-    """The settings in our terms."""
-    return settings_of(LoRA, Fields(config, folder, without_effect=WITHOUT_EFFECT))
-
-
-def settings_of(kind: type[L], fields: Fields, **more: tuple[str, Any]) -> L:
-    """The settings of LoRA and what derives from it; ``more`` as ``Fields.build`` takes it."""
-    init = fields.config.get("init_lora_weights")
-    if init != _START_IN_FILE and str(init).lower().startswith(_INITS_THAT_CHANGE_THE_BASE):
-        fields.refuse("init_lora_weights")
-    parameters = tuple(fields.take("target_parameters") or ())
-    if parameters and kind is not LoRA:
-        fields.refuse("target_parameters")
-    targets = (NONE,) if parameters and not fields.take("target_modules") else targets_of(fields)
-    slices = tuple(fields.take("slices") or ()) or _enabled(fields, targets)
-    built = fields.build(
-        kind,
-        rank=("r", fields.take("r", 8)),  # PEFT's own defaults, for a file that leaves them out
-        alpha=("lora_alpha", fields.take("lora_alpha", 8)),
-        dropout=("lora_dropout", fields.take("lora_dropout") or 0.0),
-        targets=("target_modules", targets),
-        exclude=("exclude_modules", excluded(fields)),
-        layers=("layers_to_transform", layers_of(fields)),
-        use_rslora=("use_rslora", bool(fields.take("use_rslora"))),
-        rank_pattern=("rank_pattern", named(fields.take("rank_pattern"))),
-        alpha_pattern=("alpha_pattern", named(fields.take("alpha_pattern"))),
-        lora_bias=("lora_bias", bool(fields.take("lora_bias"))),
-        slices=("slices", slices),
-        target_parameters=("target_parameters", parameters),
-        **more,
-    )
-    return built.with_start_in_file() if init == _START_IN_FILE else built
-
-
-def _enabled(fields: Fields, targets: Sequence[str]) -> tuple[str, ...]:
-    """``enable_lora`` of PEFT before 0.3: which of so many equal parts of a fused layer are updated."""
-    enabled = fields.take("enable_lora")
-    if not enabled:
-        return ()
-    parts = ",".join(f"{i + 1}/{len(enabled)}" for i, on in enumerate(enabled) if on)
-    return tuple(f"{target}={parts}" for target in targets)
 
 
 def _has_slices(model: nn.Module, name: str, path: str) -> bool:

@@ -6,11 +6,9 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from truetune.adapters.names import NONE as NONE
 from truetune.errors import AdapterError, nearest
 from truetune.ops.frozen import is_linear
-
-NONE = "none"
-"""The target that no layer is, for ``--target-parameters`` alone."""
 
 
 def owners(model: nn.Module, names: Sequence[str], *, all_must_match: bool = True) -> dict[str, tuple[str, ...]]:

@@ -19,6 +19,7 @@ from truetune.errors import AdapterError
 
 # The type of an adapter that PEFT has no method for, or none that trains rows of tokens; PEFT refuses it by name.
 _OWN = "TRUETUNE_"
+_ON = "TRUETUNE_ON_ANOTHER_"  # on top of a frozen one, without which it would answer nonsense: PEFT refuses it too
 _WITH_ROWS = ("LORA", "ADALORA")
 
 
@@ -39,6 +40,7 @@ def to_peft(model: nn.Module, attached: Attachment, *, base: str | None) -> dict
         "ensure_weight_tying": bool(attached.tied),
         **({FIELD: rows_to_peft(model, attached.rows)} if attached.rows else {}),
         **module_of(config.kind).to_peft(model, config, sites),
+        **({"peft_type": _on(config.kind)} if attached.beneath else {}),
     }
     # PEFT warns of a field that its class of this method does not have.
     lacks = getattr(module_of(config.kind), "PEFT_LACKS", ())
@@ -56,13 +58,24 @@ def from_peft(config: Mapping[str, Any], folder: Path) -> AdapterConfig:
 
 def _method_of(config: Mapping[str, Any], folder: Path) -> str:
     kind = config.get("peft_type", "no peft_type")
+    if is_on_another(config):
+        return next((name for name, method in METHODS.items() if _on(name) == kind and method.result == "adapter"), "")
     if kind == "LORA" and config.get("use_dora"):
         return "dora"
     known = {_type_of(name, with_rows=rows): name for rows in (True, False) for name in reversed(METHODS)}
     if kind not in known or METHODS[known[kind]].result == "model":
-        names = ", ".join(method.peft for method in dict.fromkeys(METHODS.values()) if method.peft)
+        names = ", ".join(dict.fromkeys(method.peft for method in METHODS.values() if method.peft))
         raise AdapterError(f"{folder}: found {kind}, expected one of {names}")
     return known[kind]
+
+
+def is_on_another(config: Mapping[str, Any]) -> bool:
+    """Whether an adapter was trained on top of another one, which is frozen."""
+    return str(config.get("peft_type")).startswith(_ON)
+
+
+def _on(method: str) -> str:
+    return _ON + method.upper().replace("-", "_")
 
 
 def _type_of(method: str, *, with_rows: bool) -> str:

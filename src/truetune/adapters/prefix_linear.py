@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from truetune.adapters.base import Adapter
-from truetune.adapters.lora import projection_group
+from truetune.adapters.projecting import projection_group
 from truetune.adapters.virtual import places_in_force
 from truetune.errors import AdapterError
 from truetune.ops.projection import Projection
@@ -27,7 +27,7 @@ class PrefixLinear(Adapter):
     """A frozen linear layer with rows of a prefix in the virtual tokens' places; the table owns them."""
 
     files = {}  # noqa: RUF012 - ClassVar in the contract
-    dropout, site, drops_base = 0.0, 0, False  # as ``adapters.lora.Projecting`` asks for
+    dropout, site, drops_base = 0.0, 0, False  # as ``adapters.projecting.Projecting`` asks for
 
     def __init__(self, base: nn.Module, slots: Sequence[Slot]) -> None:
         super().__init__()

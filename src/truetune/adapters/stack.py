@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 from torch.nn import Parameter
 
-from truetune.adapters.base import LowRankUpdate
+from truetune.adapters.base import Adapter, LowRankUpdate
 from truetune.adapters.combine import Combination
 from truetune.adapters.composed import attachment_of, layers_of
 from truetune.adapters.expert_lora import ExpertsLoRA
@@ -16,6 +16,8 @@ from truetune.adapters.held import Held, Part
 from truetune.adapters.inject import Attachment
 from truetune.adapters.lora_embedding import TiedHead
 from truetune.adapters.methods import trained_parts
+from truetune.adapters.summed import Summed
+from truetune.config.adapter import AdapterConfig
 from truetune.errors import AdapterError
 from truetune.ops.rng import generator
 
@@ -25,9 +27,10 @@ _NO_SUM = {
     "prompt": "it puts tokens in front of the text, and nothing says whose come first",
     "ptuning": "it puts tokens in front of the text, and nothing says whose come first",
     "prefix": "it puts keys and values in front of every layer, and nothing says whose come first",
-    "llama-adapter": "what it adds depends on keys and values that another adapter changes",
-    "bottleneck": "it reads what the layer puts out, which another adapter changes",
+    "llama-adapter": "what it adds depends on keys and values that an adapter of another kind changes",
+    "bottleneck": "it reads what the layer puts out, which an adapter of another kind changes",
 }
+_AMONG_THEMSELVES = ("llama-adapter", "bottleneck")  # what each adds goes by the frozen layer alone
 
 
 def check_additive(held: Held, name: str) -> None:
@@ -44,8 +47,39 @@ def check_additive(held: Held, name: str) -> None:
     raise AdapterError(
         f"adapter '{name}' ({kind}) can be used alone and with weight 1 only",
         ("because", reason),
-        ("way out", "lora, adalora and vera can be added up; so can biases, norms and other parts trained in full"),
+        ("way out", "lora, adalora and vera can be added up; so can biases, norms and other parts trained in full; and "
+         "llama-adapter or bottleneck with others of its kind, beside a base in memory"),
+    )  # fmt: skip
+
+
+def _same_kind(helds: Mapping[str, Held]) -> bool:
+    """Whether all of them add to the frozen layers, each for itself."""
+    configs = [held.attachment.config for held in helds.values()]
+    return (
+        configs[0].kind in _AMONG_THEMSELVES
+        and len({config.kind for config in configs}) == 1
+        and not any(
+            getattr(c, "llama_adapter_v2", False) or getattr(c, "adapter_reads", "") == "stream" for c in configs
+        )
+        and not any(held.attachment.rows for held in helds.values())
     )
+
+
+def _reaches_further(config: AdapterConfig) -> bool:
+    """Whether it does more than add to single layers: scales them as well, or reads the residual stream."""
+    return getattr(config, "llama_adapter_v2", False) or getattr(config, "adapter_reads", "part") == "stream"
+
+
+def _beside_each_other(helds: Mapping[str, Held], weights: Mapping[str, float]) -> Held:
+    """Adapters of one kind that each read what the frozen layer reads and makes."""
+    places = {path: place for held in helds.values() for path, place in held.places.items()}
+    layers: dict[str, Adapter] = {}
+    for path in places:
+        here = {name: held.layers[path] for name, held in helds.items() if path in held.layers}
+        layers[path] = Summed(list(here.values()), [weights[name] for name in here])
+    places = {path: replace(place, own=layers[path]) for path, place in places.items()}
+    attached = next(iter(helds.values())).attachment
+    return Held(attached, layers, places, _summed_parts(helds, weights))
 
 
 def combined_updates(
@@ -106,10 +140,13 @@ def stacked(helds: Mapping[str, Held], weights: Sequence[float]) -> Held:
     Raises:
         AdapterError: a method that has no sum; by name and with the reason.
     """
+    by_name, same = dict(zip(helds, weights, strict=True)), _same_kind(helds)
     for name, held in helds.items():
-        check_additive(held, name)
+        if not same:
+            check_additive(held, name)
         held.follow()  # those that are not in use may lie where the model was before
-    by_name = dict(zip(helds, weights, strict=True))
+    if same:
+        return _beside_each_other(helds, by_name)
     updates = combined_updates({n: h.updates for n, h in helds.items()}, by_name, Combination("cat"))
     tied = tied_of(helds)
     known = {path: place for held in helds.values() for path, place in held.places.items()}

@@ -8,15 +8,16 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
+from truetune.adapters.names import ALL_LINEAR as ALL_LINEAR
+from truetune.adapters.names import REGEX_MARKS
+from truetune.adapters.names import matches as matches
 from truetune.adapters.parameter_targets import NONE, owners
 from truetune.config.adapter import Targeted
 from truetune.errors import AdapterError, nearest
 from truetune.ops.frozen import is_linear
 
-ALL_LINEAR = "all-linear"
 _ROUTERS = ("gate", "router", "shared_expert_gate")  # beside experts: what chooses among them
 _LAYER = re.compile(r"\.(\d+)\.")
-_REGEX_MARKS = re.compile(r"[\\^$*+?\[\](){}|]")
 
 
 def adaptable(model: nn.Module) -> dict[str, nn.Module]:
@@ -30,13 +31,6 @@ def output_head(model: nn.Module) -> nn.Module | None:
     """The module that makes logits, where the model has one."""
     get = getattr(model, "get_output_embeddings", None)
     return get() if get else None
-
-
-def matches(pattern: str, path: str) -> bool:
-    """PEFT's rule: a name matches a path's last parts, an expression the whole path."""
-    if _REGEX_MARKS.search(pattern):
-        return re.fullmatch(pattern, path) is not None
-    return path == pattern or path.endswith("." + pattern)
 
 
 def resolve_targets(model: nn.Module, patterns: Sequence[str], *, all_must_match: bool = True) -> list[str]:
@@ -112,7 +106,7 @@ def no_such_layer(
     leaves = Counter(path.rsplit(".", 1)[-1] for path in layers)
     others = {path: type(m).__name__ for path, m in model.named_modules() if path and path not in layers}
     kind = next(
-        (kind for path, kind in others.items() if not _REGEX_MARKS.search(pattern) and matches(pattern, path)), ""
+        (kind for path, kind in others.items() if not REGEX_MARKS.search(pattern) and matches(pattern, path)), ""
     )
     has = ", ".join(f"{name} x{count}" for name, count in sorted(leaves.items(), key=lambda item: -item[1]))
     return AdapterError(

@@ -6,6 +6,7 @@ is missing, extra or misshaped at once.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,13 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from truetune.adapters.base import Adapter, Change
+from truetune.adapters.base import Adapter, Change, LowRankUpdate
+from truetune.adapters.beneath import Beneath, own_path, updates_by_layer
 from truetune.adapters.inject import adapters, attachment
 from truetune.adapters.lora_embedding import TiedHead
+from truetune.adapters.methods import trained_parts
+from truetune.adapters.names import ROOT as _ROOT
 from truetune.adapters.token_rows import BASE_COPY, ROWS, HeadRows, TokenRows
 from truetune.errors import AdapterError
 
-_ROOT = "base_model.model."
+_BASES = re.compile(r"(\.base)+(?=\.)")  # of a layer with one adapter, or with two
 
 
 def state(model: nn.Module) -> dict[str, Parameter]:
@@ -34,7 +38,7 @@ def _stored(model: nn.Module) -> dict[str, Parameter]:
     owned = {id(p) for p in keys.values()} | {id(p) for _, a in adapters(model) for _, p in a.makers()}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in owned:
-            keys[_ROOT + name.replace(".base.", ".base_layer.")] = parameter
+            keys[_ROOT + _BASES.sub(".base_layer", name)] = parameter
     return keys
 
 
@@ -145,10 +149,48 @@ def changes(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Change
         AdapterError: the method does not fold into weights.
     """
     result: dict[str, Change] = {}
-    for path, adapter in adapters(model):
-        own = {suffix: tensors[key_of(path, adapter, suffix)] for suffix, _ in adapter.adapter_parameters()}
-        result |= {f"{path}.{name}": change for name, change in adapter.changes(own).items()}
+    for path, adapter in adapters(model):  # of two on one layer the outer one first
+        found, layer = adapter.changes(_own(path, adapter, tensors)), own_path(path)
+        if isinstance(adapter, Beneath):
+            outer = {name: result.pop(f"{layer}.{name}") for name in ("weight", "bias") if f"{layer}.{name}" in result}
+            found = {**found, **{name: adapter.then(name, change) for name, change in outer.items()}}
+        result |= {f"{layer}.{name}": change for name, change in found.items()}
     return result
+
+
+def _own(path: str, adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An adapter's tensors in a file, by their suffixes."""
+    return {suffix: tensors[key_of(path, adapter, suffix)] for suffix, _ in adapter.adapter_parameters()}
+
+
+def file_updates(layers: Mapping[str, Adapter], tensors: Mapping[str, Tensor]) -> dict[str, LowRankUpdate]:
+    """Path → the low-rank update that the tensors of a file are, of layers that may be without storage."""
+    return updates_by_layer(layers, {path: _own(path, layer, tensors) for path, layer in layers.items()})
+
+
+def frozen_updates(model: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> dict[str, LowRankUpdate]:
+    """Path → update of the adapter that a model carries, for another adapter to be put on top.
+
+    Raises:
+        AdapterError: it does more than low-rank updates of linear layers.
+    """
+    attached = attachment(model)
+    assert attached is not None
+    layers, kind = dict(adapters(model)), attached.config.kind
+    updates = file_updates(layers, tensors)
+    because = None
+    if attached.full_modules or trained_parts(attached.config) or attached.rows:
+        because = "it has parts of the base, or rows of tokens, that were trained in full"
+    elif {own_path(path) for path in layers} - updates.keys() or any(u.kind != "linear" for u in updates.values()):
+        because = f"what {kind} makes of some layers is no low-rank update of a linear map"
+    if because:
+        raise AdapterError(
+            f"{where} ({kind}) is no adapter that another can be trained on top of",
+            ("because", because),
+            ("expected", "lora, adalora or vera on linear layers, and nothing else trained"),
+            ("way out", "truetune merge folds it into the base, and the result is a base like any other"),
+        )
+    return updates
 
 
 def replaced_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,9 +11,12 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from truetune.config.options import Options, aliases_of, group_of, spellings
+from truetune.config.options import Options, aliases_of, spellings
 from truetune.errors import ConfigError, nearest
 
+# What most come for, at the head of its group.
+_FIRST = ("model", "path", "run", "revision", "dtype", "device", "data", "method", "rank", "alpha", "dropout",
+          "targets", "adapter", "adapters", "out")  # fmt: skip
 _LONGEST = 60  # characters of choices in the place of a value
 _TITLES = {
     "base": "the model",
@@ -78,10 +81,11 @@ def build_parser(name: str, config_class: type[Options]) -> argparse.ArgumentPar
         usage=f"truetune {name} {_usage(config_class)}",
         formatter_class=_Formatter,
     )
-    headings = {group_of(info) for info in config_class.model_fields.values()}
-    groups: dict[str, Any] = {h: parser.add_argument_group(t) for h, t in _TITLES.items() if h in headings}
-    for field, info in config_class.model_fields.items():
-        heading = group_of(info)
+    groups = _groups(parser, config_class)
+    for field in sorted(
+        config_class.model_fields, key=lambda name: _FIRST.index(name) if name in _FIRST else len(_FIRST)
+    ):
+        info, heading = config_class.model_fields[field], config_class.heading(field)
         if field in config_class.positional:
             many = get_origin(_plain(info.annotation)) is tuple
             groups[heading].add_argument(
@@ -95,6 +99,14 @@ def build_parser(name: str, config_class: type[Options]) -> argparse.ArgumentPar
         "--json", dest="as_json", action="store_true", help="when done, one JSON object as the last line of stdout"
     )
     return parser
+
+
+def _groups(parser: argparse.ArgumentParser, config_class: type[Options]) -> dict[str, Any]:
+    """Heading → its part of the parser: those with a title as these stand, then those in words of their own."""
+    headings = dict.fromkeys(config_class.heading(field) for field in config_class.model_fields)
+    titled = [heading for heading in _TITLES if heading in headings]
+    in_words = [heading for heading in reversed(headings) if heading not in _TITLES]  # the last base's come first
+    return {heading: parser.add_argument_group(_TITLES.get(heading, heading)) for heading in [*titled, *in_words]}
 
 
 def _names(field: str, info: FieldInfo) -> list[str]:
@@ -142,7 +154,7 @@ def _help(info: FieldInfo) -> str:
     text += f" [also {', '.join(also)}]" if also else ""
     if info.is_required() or default is None or default is False or default in ("", ()) or "(default" in text:
         return text
-    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+    shown = " ".join(map(str, default)) if isinstance(default, tuple) else "yes" if default is True else default
     return f"{text} (default: {f'{shown:g}' if isinstance(shown, float) else shown})"
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import truetune
-from truetune.errors import TruetuneError, nearest
+from truetune.errors import StoppedError, TruetuneError, nearest
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # here, where a closed pipe can still be told from a fault
         return code
     except TruetuneError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # What was asked for is no error: the message says that it was done.
+        print(error if isinstance(error, StoppedError) else f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("stopped at once; nothing new was saved, and what was complete before is kept", file=sys.stderr)

@@ -205,6 +205,15 @@ class TrainingGroup(StepGroup):
         alias=("neftune_noise_alpha",),
         ge=0,
     )
+    label_smoothing: float = option(
+        0.0,
+        help="share of each target that is spread over the whole vocabulary while training (arXiv:1512.00567); the "
+        "held-out loss stays plain",
+        group="training",
+        alias=("label_smoothing_factor",),
+        ge=0.0,
+        lt=1.0,
+    )
     clip: float = option(
         1.0,
         help="largest norm of the gradient; 0 turns clipping off",

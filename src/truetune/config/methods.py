@@ -117,6 +117,15 @@ class TuningGroup(
             raise ValueError(f"{flags}: no setting of --method {name}")
         return {**{key: own[key].default for key in own if key in TUNING_FIELDS}, **values}
 
+    @classmethod
+    def heading(cls, field: str) -> str:
+        """Settings that the usual method lacks stand under the names of those that have them."""
+        usual = METHODS["lora"].config.model_fields
+        if field not in TUNING_FIELDS or field in usual:
+            return super().heading(field)
+        *names, last = (name for name, method in METHODS.items() if field in method.config.model_fields)
+        return f"with --method {', '.join(names)} or {last}" if names else f"with --method {last}"
+
     def method_settings(self) -> AdapterConfig:
         """The chosen method's settings alone."""
         chosen = METHODS[self.method].config

@@ -29,6 +29,11 @@ class Options(BaseModel):
     passes_over: ClassVar[type[Options] | None] = None
     """A command whose keys may stand in a config file too; those that this one lacks are passed over."""
 
+    @classmethod
+    def heading(cls, field: str) -> str:
+        """What a field stands under in ``--help``: its group, or a heading in words."""
+        return group_of(cls.model_fields[field])
+
     if not TYPE_CHECKING:  # a type checker should see the fields, not **values
 
         def __init__(self, **values: Any) -> None:

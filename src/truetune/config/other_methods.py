@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+from pydantic import model_validator
+from typing_extensions import Self
+
 from truetune.config.adapter import AdapterConfig, Targeted
 from truetune.config.options import option
 
@@ -97,12 +100,27 @@ class LlamaAdapter(AdapterConfig):
         "norms, beside the prompts",
         group="tuning",
     )
+    mixed_maps: bool = option(
+        False,
+        help="take the prompts' keys and values from rows of all three maps, as litgpt 0.5 does by mistake; to read "
+        "what was trained so",
+        group="tuning",
+    )
+    scaled_head: bool = option(
+        False, help="with --llama-adapter-v2: behind the output head too, as litgpt has it", group="tuning"
+    )
     gates: Literal["layer", "head"] = option(
         "layer",
         help="trained gates of the prompts: one per layer, as PEFT has it, or one per head, as the authors' code and "
         "litgpt do",
         group="tuning",
     )
+
+    @model_validator(mode="after")
+    def _head_of_the_second(self) -> Self:
+        if self.scaled_head and not self.llama_adapter_v2:
+            raise ValueError("--scaled-head: the first version scales no map; --llama-adapter-v2 does")
+        return self
 
 
 class Bottleneck(AdapterConfig):

@@ -15,7 +15,7 @@ from truetune.config.sft import InstructionGroup, SFTConfig, VocabularyGroup
 _SPAN = re.compile(r"(\d+)(?:-(\d+))?")
 
 
-class PreviewConfig(ModelGroup, InstructionGroup, LengthGroup, VocabularyGroup, StepGroup):
+class PreviewConfig(StepGroup, VocabularyGroup, InstructionGroup, LengthGroup, ModelGroup):
     """Settings of ``truetune preview``: show rows as the loss will see them, and figures about all of them."""
 
     command: ClassVar[str] = "preview"

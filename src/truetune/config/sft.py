@@ -32,7 +32,7 @@ class VocabularyGroup(Options):
         return tuple(dict.fromkeys(value))
 
 
-class TrainConfig(VocabularyGroup, BaseGroup, QuantGroup, LengthGroup, TuningGroup, TrainingGroup, RunGroup):
+class TrainConfig(RunGroup, TrainingGroup, VocabularyGroup, TuningGroup, LengthGroup, QuantGroup, BaseGroup):
     """What both training commands have in common; not a command of its own."""
 
     adapter: str | None = option(
@@ -43,8 +43,17 @@ class TrainConfig(VocabularyGroup, BaseGroup, QuantGroup, LengthGroup, TuningGro
         min_length=1,
     )
 
+    on_top_of: str | None = option(
+        None,
+        help="train a new adapter on top of this one, which stays frozen; the result brings both, and its template is "
+        "taken unless another is named",
+        group="tuning",
+        min_length=1,
+    )
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        self._check_on_top()
         if self.val_split and self.val_data:
             raise ValueError("--val-split and --val-data: each names the held-out rows; keep one of the two")
         if (self.select == "best" or self.eval_every) and not (self.val_split or self.val_data):
@@ -68,6 +77,28 @@ class TrainConfig(VocabularyGroup, BaseGroup, QuantGroup, LengthGroup, TuningGro
                 f"--lora-plus-ratio: --method {self.method} has no A and B to learn at two rates; {with_pair} do"
             )
         return self
+
+    def _check_on_top(self) -> None:
+        """Raises ValueError: what can't be trained on top of an adapter."""
+        if self.on_top_of is None:
+            return
+        if self.adapter:
+            raise ValueError("--on-top-of and --adapter: a new adapter on top of one, or that one itself; not both")
+        if METHODS[self.method].result == "model":
+            raise ValueError(
+                f"--on-top-of: --method {self.method} trains the base's own weights and leaves a model; truetune merge "
+                "folds the first adapter into the base for that"
+            )
+        if self.init == "loftq":
+            raise ValueError(
+                "--on-top-of and --init loftq: what quantising took away is the first adapter's to make up for; train "
+                "that one with it"
+            )
+        if self.new_tokens:
+            raise ValueError(
+                "--on-top-of and --new-tokens: both adapters share one vocabulary; train the first with them, or go on "
+                "from it with --adapter"
+            )
 
     @property
     def peak_lr(self) -> float:

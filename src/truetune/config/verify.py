@@ -11,7 +11,7 @@ from truetune.config.mismatch import MismatchGroup
 from truetune.config.options import option
 from truetune.errors import nearest
 
-PEERS = ("transformers", "peft")
+PEERS = ("transformers", "peft", "llama.cpp")
 
 
 class VerifyConfig(MismatchGroup):
@@ -22,7 +22,8 @@ class VerifyConfig(MismatchGroup):
 
     run: str = option(help="the run's folder, or that of its adapter", group="run", alias=("adapter",), min_length=1)
     artefacts: tuple[str, ...] = option(
-        (), help="folders to hold against it: merged or quantised models (default: those merged from this run)",
+        (), help="what to hold against it: folders of merged or quantised models, GGUF files (default: what was made "
+        "from this run)",
         group="run",
     )  # fmt: skip
     url: str | None = option(
@@ -34,7 +35,7 @@ class VerifyConfig(MismatchGroup):
     against: str | None = option(
         None,
         help="load each artefact by these libraries too, divided by commas: transformers, peft (the adapter on its "
-        "base)",
+        "base), llama.cpp (GGUF files)",
         group="run",
     )
     reference: str | None = option(
@@ -62,7 +63,9 @@ class VerifyConfig(MismatchGroup):
         for name in (value or "").split(","):
             if value is not None and name.strip() not in PEERS:
                 close = nearest(name.strip(), PEERS)
-                raise ValueError("transformers, peft or both" + (f"; did you mean '{close}'?" if close else ""))
+                raise ValueError(
+                    "any of transformers, peft, llama.cpp" + (f"; did you mean '{close}'?" if close else "")
+                )
         return value
 
     @model_validator(mode="after")

@@ -28,6 +28,7 @@ class Agreement:
         largest: the largest absolute logit of the expected model: the scale that ``max_delta`` is seen on.
         positions: how many were compared.
         finite: whether every logit of the found model is a number.
+        gaps: for each position with another first choice, how much likelier the expected model holds its own, in nats.
     """
 
     max_delta: float
@@ -36,6 +37,12 @@ class Agreement:
     largest: float
     positions: int
     finite: bool = True
+    gaps: tuple[float, ...] = ()
+
+    def top1_within(self, nats: float) -> float:
+        """Share of the positions where the found model chooses what the expected one holds about as likely."""
+        apart = sum(gap > nats for gap in self.gaps)
+        return 1.0 - apart / self.positions if self.positions and self.finite else self.top1
 
 
 def agreement(found: Tensor, expected: Tensor) -> Agreement:
@@ -67,6 +74,7 @@ def pooled(parts: Sequence[Agreement]) -> Agreement:
         max((part.largest for part in parts), default=0.0),
         count,
         all(part.finite for part in parts),
+        tuple(gap for part in parts for gap in part.gaps),
     )
 
 
@@ -93,7 +101,18 @@ def recorded_agreement(found: Tensor, ids: Tensor, log_probabilities: Tensor) ->
         _chosen(found, ids[:, 0]) if len(found) else 1.0,
         float(theirs.abs().max()) if len(found) else 0.0,
         len(found),
+        gaps=_recorded_gaps(found, ids, theirs),
     )
+
+
+def _recorded_gaps(found: Tensor, ids: Tensor, log_probabilities: Tensor) -> tuple[float, ...]:
+    """The same by what was written down: a token that was not is behind by more than the last one that was."""
+    if not len(found):
+        return ()
+    chosen = found.argmax(-1, keepdim=True)
+    behind = log_probabilities[:, :1] - torch.where(ids == chosen, log_probabilities, -math.inf)
+    same = found.gather(1, ids[:, :1])[:, 0] == found.max(-1).values
+    return tuple(behind.min(-1).values[~same].tolist())
 
 
 def loss_sum(scores: Tensor, targets: Tensor) -> float:
@@ -123,7 +142,16 @@ def _part(found: Tensor, expected: Tensor) -> Agreement:
         _chosen(found, expected.argmax(-1)),
         largest,
         len(found),
+        gaps=_gaps(found, log_p),
     )
+
+
+def _gaps(found: Tensor, expected: Tensor) -> tuple[float, ...]:
+    """How far what was found likeliest is behind, where it is not the expected model's first choice."""
+    first = expected.argmax(-1, keepdim=True)
+    behind = expected.max(-1).values - expected.gather(1, found.argmax(-1, keepdim=True))[:, 0]
+    same = found.gather(1, first)[:, 0] == found.max(-1).values
+    return tuple(behind[~same].tolist())
 
 
 def _chosen(found: Tensor, first: Tensor) -> float:

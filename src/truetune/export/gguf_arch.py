@@ -11,10 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from truetune.errors import ModelError
+from truetune.export.gguf_rope import KINDS, head_width, rope_keys
 
 Value = bool | int | float | str | list[Any]
 
@@ -30,6 +28,12 @@ class Arch:
             them side by side, so that rows of queries and keys are put in another order.
         norm_plus_one: norms are stored as the difference from one, and llama.cpp wants them whole.
         conv1d: linear layers are stored as [in, out].
+        ropes: kinds of rotary positions that its code computes.
+        partial_rope: whether it rotates a part of a head.
+        own_width: whether a head may be of another width than the model's divided by its heads.
+        biases: whether attention may have biases that a config asks for.
+        own_head: whether the head may be another table than that of the embeddings.
+        windowed: whether it computes sliding windows.
         extra: hyperparameters beside those that most have.
     """
 
@@ -38,15 +42,30 @@ class Arch:
     rotates_halves: bool = True
     norm_plus_one: bool = False
     conv1d: bool = False
+    ropes: tuple[str, ...] = ("default", "linear", "yarn")
+    partial_rope: bool = False
+    own_width: bool = True
+    biases: bool = False
+    own_head: bool = True
+    windowed: bool = False
     extra: Callable[[Any], dict[str, Value]] = lambda config: {}
 
 
 def _gemma2(config: Any) -> dict[str, Value]:
-    if config.query_pre_attn_scalar != config.head_dim:
-        raise ModelError(
-            f"llama.cpp scales this model's queries by its head's width {config.head_dim}, and its config says "
-            f"{config.query_pre_attn_scalar}"
-        )
+    # The largest one has a scale of its own, and llama.cpp knows it by its layers.
+    scale = config.hidden_size // config.num_attention_heads if config.num_hidden_layers == 46 else config.head_dim
+    alternating = [("sliding_attention", "full_attention")[n % 2] for n in range(config.num_hidden_layers)]
+    for what, granted, found in (
+        ("scales queries by", scale, config.query_pre_attn_scalar),
+        ("slides the window of every other layer:", alternating, list(config.layer_types)),
+        (
+            "caps logits:",
+            True,
+            config.attn_logit_softcapping is not None and config.final_logit_softcapping is not None,
+        ),
+    ):
+        if found != granted:
+            raise _otherwise("Gemma 2", what, granted, found)
     return {
         "attn_logit_softcapping": float(config.attn_logit_softcapping),
         "final_logit_softcapping": float(config.final_logit_softcapping),
@@ -64,14 +83,15 @@ def _phi3(config: Any) -> dict[str, Value]:
 
 
 _GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
+_LLAMA = Arch("llama", rotates_halves=False, biases=True, ropes=KINDS)
 ARCHS: Mapping[str, Arch] = {
-    "LlamaForCausalLM": Arch("llama", rotates_halves=False),
-    "MistralForCausalLM": Arch("llama", rotates_halves=False),
-    "Qwen2ForCausalLM": Arch("qwen2"),
+    "LlamaForCausalLM": _LLAMA,
+    "MistralForCausalLM": _LLAMA,
+    "Qwen2ForCausalLM": Arch("qwen2", own_width=False),
     "Qwen3ForCausalLM": Arch("qwen3"),
-    "GemmaForCausalLM": Arch("gemma", (*_GELU, "gelu"), norm_plus_one=True),
-    "Gemma2ForCausalLM": Arch("gemma2", _GELU, norm_plus_one=True, extra=_gemma2),
-    "Phi3ForCausalLM": Arch("phi3", extra=_phi3),
+    "GemmaForCausalLM": Arch("gemma", _GELU, norm_plus_one=True, own_head=False),
+    "Gemma2ForCausalLM": Arch("gemma2", _GELU, norm_plus_one=True, own_head=False, windowed=True, extra=_gemma2),
+    "Phi3ForCausalLM": Arch("phi3", partial_rope=True, own_width=False, extra=_phi3),
     "GPT2LMHeadModel": Arch("gpt2", _GELU, conv1d=True),
 }
 """By transformers' name of the class."""
@@ -93,11 +113,35 @@ def arch_of(config: Any) -> Arch:
     arch = ARCHS[name]
     activation = _first(config, "hidden_activation", "hidden_act", "activation_function")
     if activation not in arch.activations:
-        raise ModelError(
-            f"llama.cpp computes {name} with {arch.activations[0]}, and this model has {activation}",
-            ("way out", "--to hf: transformers computes it as it is"),
-        )
+        raise _otherwise(name, "activates by", arch.activations[0], activation)
+    _check_details(name, arch, config)
     return arch
+
+
+def _check_details(name: str, arch: Arch, config: Any) -> None:
+    """What a config may say of an architecture, and llama.cpp's code for it passes over."""
+    if arch.name == "gpt2":
+        scaled = bool(config.scale_attn_weights), bool(config.scale_attn_by_inverse_layer_idx)
+        if scaled != (True, False):
+            raise _otherwise(name, "scales attention by its width alone:", (True, False), scaled)
+        return
+    usual = config.hidden_size // config.num_attention_heads
+    if not arch.own_width and head_width(config) != usual:
+        raise _otherwise(name, "gives each head a width of", usual, head_width(config))
+    if not arch.biases and getattr(config, "attention_bias", False):
+        raise _otherwise(name, "adds biases in attention:", False, True)
+    if not arch.own_head and not config.tie_word_embeddings:
+        raise _otherwise(name, "takes the table of embeddings for the head:", True, False)
+    hyperparameters(arch, config, 0)  # rotary positions, caps and scales
+
+
+def _otherwise(name: str, what: str, granted: Any, found: Any) -> ModelError:
+    return ModelError(
+        f"llama.cpp computes {name} otherwise than this model's config says",
+        ("llama.cpp", f"{what} {granted}"),
+        ("the model", str(found)),
+        ("way out", "--to hf: transformers computes it as it is"),
+    )
 
 
 def _first(config: Any, *names: str) -> Any:
@@ -120,10 +164,8 @@ def hyperparameters(arch: Arch, config: Any, rows: int) -> dict[str, Value]:
             "attention.layer_norm_epsilon": float(config.layer_norm_epsilon),
         }
     width = head_width(config)
-    rope = rope_of(config)
-    partial = float(rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0)
     found: dict[str, Value] = {
-        "context_length": config.max_position_embeddings,
+        "context_length": min(config.max_position_embeddings, window_left_out(arch, config) or math.inf),
         "embedding_length": config.hidden_size,
         "feed_forward_length": config.intermediate_size,
         "block_count": config.num_hidden_layers,
@@ -132,70 +174,18 @@ def hyperparameters(arch: Arch, config: Any, rows: int) -> dict[str, Value]:
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
         "attention.key_length": width,
         "attention.value_length": width,
-        "rope.freq_base": float(rope.get("rope_theta") or 10000.0),
-        "rope.dimension_count": int(width * partial),
         "vocab_size": rows,
     }
-    return found | _rope_scaling(rope) | arch.extra(config)
+    return found | rope_keys(config, kinds=arch.ropes, partial=arch.partial_rope) | arch.extra(config)
 
 
-def head_width(config: Any) -> int:
-    """Values per attention head."""
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+def window_left_out(arch: Arch, config: Any) -> int | None:
+    """The sliding window that a model has and llama.cpp does not compute for it; None where texts come out the same.
 
-
-def rope_of(config: Any) -> Mapping[str, Any]:
-    """What the config says of rotary positions, ``rope_type`` among it."""
-    found: dict[str, Any] = dict(
-        getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    )
-    if found.get("rope_theta") is None and getattr(config, "rope_theta", None) is not None:
-        found["rope_theta"] = config.rope_theta
-    return found
-
-
-def _rope_scaling(rope: Mapping[str, Any]) -> dict[str, Value]:
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    match kind:
-        case "default" | "llama3":  # the latter's factors are a tensor
-            return {}
-        case "linear":
-            return {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
-        case "yarn":
-            return {
-                "rope.scaling.type": "yarn",
-                "rope.scaling.factor": float(rope["factor"]),
-                "rope.scaling.original_context_length": int(rope["original_max_position_embeddings"]),
-            }
-    raise ModelError(
-        f"rotary positions of kind '{kind}' can't be written as a GGUF by this version",
-        ("known", "default, linear, llama3, yarn"),
-        ("way out", "--to hf"),
-    )
-
-
-def rope_factors(config: Any) -> Tensor | None:
-    """What llama.cpp divides each frequency by, [head_dim / 2] in float32; None where it is 1 everywhere.
-
-    Llama 3.1's rule: long waves are stretched by ``factor``, short ones stay, and those between are blended.
+    Up to its length every token is attended to all the same, so that is as long as a text may be.
     """
-    rope = rope_of(config)
-    if (rope.get("rope_type") or rope.get("type")) != "llama3":
+    window = getattr(config, "sliding_window", None)
+    layers = getattr(config, "layer_types", None)
+    if arch.windowed or not window or (layers is not None and "sliding_attention" not in layers):
         return None
-    width, factor = head_width(config), float(rope["factor"])
-    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
-    exponents = torch.arange(0, width, 2, dtype=torch.float64) / width
-    waves = 2 * math.pi * float(rope.get("rope_theta") or 10000.0) ** exponents
-    turns = float(rope["original_max_position_embeddings"]) / waves
-    blend = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 / ((1 - blend) / factor + blend)).to(torch.float32)
-
-
-def side_by_side(rows: Tensor, heads: int) -> Tensor:
-    """Rows of queries or keys with the two values of each rotary pair next to each other.
-
-    Args:
-        rows: [heads * width, …], in transformers' order: all first values of a head, then all second ones.
-    """
-    pairs = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
-    return pairs.transpose(1, 2).reshape(rows.shape)
+    return int(window) if window < config.max_position_embeddings else None

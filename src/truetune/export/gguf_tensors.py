@@ -13,7 +13,8 @@ from torch import Tensor
 from truetune.checkpoint.header import TensorEntry, few
 from truetune.checkpoint.tensors import load
 from truetune.errors import ModelError, TruetuneError
-from truetune.export.gguf_arch import Arch, rope_factors, side_by_side
+from truetune.export.gguf_arch import Arch
+from truetune.export.gguf_rope import halves_apart, rope_factors, side_by_side
 
 TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}  # ``general.file_type``
@@ -62,7 +63,7 @@ def plan(arch: Arch, config: Any, entries: Mapping[str, TensorEntry], kind: str)
             unknown.append(entry.name)
             continue
         change = laid_out(arch, config, name)
-        shape = tuple(reversed(entry.shape)) if _is_transposed(arch, name) else entry.shape
+        shape = stored_shape(arch, name, entry.shape)
         found.append(Planned(name, shape, _kind(name, shape, kind), lambda e=entry, c=change: c(load(e).float())))  # type: ignore[misc]
     if unknown:
         raise ModelError(
@@ -104,6 +105,22 @@ def laid_out(arch: Arch, config: Any, name: str) -> Callable[[Tensor], Tensor]:
     if _is_transposed(arch, name):
         return lambda weight: weight.T.contiguous()
     return lambda weight: weight
+
+
+def restored(arch: Arch, config: Any, name: str) -> Callable[[Tensor], Tensor]:
+    """What undoes ``laid_out``."""
+    if not arch.rotates_halves and ".attn_q." in name:
+        return lambda rows: halves_apart(rows, config.num_attention_heads)
+    if not arch.rotates_halves and ".attn_k." in name:
+        return lambda rows: halves_apart(rows, config.num_key_value_heads or config.num_attention_heads)
+    if arch.norm_plus_one and name.endswith("norm.weight"):
+        return lambda weight: weight - 1
+    return laid_out(arch, config, name)  # turned over twice is as before
+
+
+def stored_shape(arch: Arch, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that a checkpoint's tensor has in the GGUF, where it is called ``name``."""
+    return tuple(reversed(shape)) if _is_transposed(arch, name) else shape
 
 
 def _is_transposed(arch: Arch, name: str) -> bool:

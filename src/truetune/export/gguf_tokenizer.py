@@ -39,6 +39,7 @@ class Specials:
     adds_bos: bool
     adds_eos: bool
     stops: Sequence[int] = ()  # all that end an answer; ``eos`` may be among them
+    opens: bool = False  # whether every prompt begins with an added token
 
 
 _LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -71,11 +72,11 @@ def tokenizer_keys(core: Mapping[str, Any], rows: int, specials: Specials, templ
             vocabulary, kind = dict(model["vocab"]), "gpt2"
         case "llama":
             vocabulary, kind = dict(model["vocab"]), "llama"
-            own = {"pre": "default", "add_space_prefix": _prepends(core)}
+            own = {"pre": "default", "add_space_prefix": _prepends(core, specials)}
             own["scores"] = _filled(_scores_of_merges(vocabulary, model["merges"]), rows, core, 0.0)
         case _:
             vocabulary, kind = {piece: i for i, (piece, _) in enumerate(model["vocab"])}, "t5"
-            own = {"pre": "default", "add_space_prefix": _prepends(core)}
+            own = {"pre": "default", "add_space_prefix": _prepends(core, specials)}
             scores = {i: float(score) for i, (_, score) in enumerate(model["vocab"])}
             own["scores"] = _filled(scores, rows, core, 0.0)
             own |= _charsmap(core)
@@ -85,15 +86,29 @@ def tokenizer_keys(core: Mapping[str, Any], rows: int, specials: Specials, templ
     return found | ({"tokenizer.chat_template": template} if template else {})
 
 
-def left_out(core: Mapping[str, Any]) -> list[str]:
-    """What the tokenizer does to texts before it cuts them, and a GGUF of its kind has no word for."""
+def check_tokenizer(core: Mapping[str, Any]) -> None:
+    """Raises ModelError where ``tokenizer_keys`` would, whatever the number of rows."""
+    if _kind(core) == "gpt2":
+        _cut(core)
+
+
+def left_out(core: Mapping[str, Any], *, prefixed: bool = False) -> list[str]:
+    """What the tokenizer does to texts before it cuts them, and a GGUF of its kind has no word for.
+
+    Args:
+        prefixed: whether the file says that a blank is put in front of texts.
+    """
     known = {"gpt2": {"NFC"}, "llama": {"Prepend"}, "t5": {"Prepend", "Precompiled", "Replace"}}[_kind(core)]
     blanks = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-    return [
+    found = [
         f"{part['type']} {part.get('pattern', {}).get('Regex', '')}".strip()
         for part in _parts(core.get("normalizer"))
         if part["type"] not in known and part != blanks
     ]
+    if prefixed and _scheme(core) != "never":
+        found.append("no second blank in front of a text that begins with one")
+        found += ["a blank in front of the first text alone"] if _scheme(core) == "first" else []
+    return found
 
 
 def _kind(core: Mapping[str, Any]) -> str:
@@ -206,13 +221,19 @@ def _unknown(core: Mapping[str, Any]) -> str | None:
     return found
 
 
-def _prepends(core: Mapping[str, Any]) -> bool:
-    """Whether a blank is put in front of a text."""
+def _prepends(core: Mapping[str, Any], specials: Specials) -> bool:
+    """Whether llama.cpp is to put a blank in front of every stretch of text between special tokens.
+
+    A tokenizer that puts it in front of the first alone never does in prompts that begin with a special token.
+    """
     normalizes = any(part["type"] == "Prepend" for part in _parts(core.get("normalizer")))
-    return normalizes or any(
-        part["type"] == "Metaspace" and part.get("prepend_scheme", "always") != "never"
-        for part in _parts(core.get("pre_tokenizer"))
-    )
+    scheme = _scheme(core)
+    return normalizes or scheme == "always" or (scheme == "first" and not specials.opens)
+
+
+def _scheme(core: Mapping[str, Any]) -> str:
+    parts = [part for part in _parts(core.get("pre_tokenizer")) if part["type"] == "Metaspace"]
+    return str(parts[0].get("prepend_scheme", "always")) if parts else "never"
 
 
 def _charsmap(core: Mapping[str, Any]) -> dict[str, Value]:
@@ -230,8 +251,9 @@ def _special_keys(specials: Specials) -> dict[str, Value]:
         "eos_token_id": specials.eos,
         "unknown_token_id": specials.unknown,
         "padding_token_id": specials.pad,
-        # An answer ends at either; what a turn was trained to end with is often not the end of a text.
+        # An answer ends at each; what a turn was trained to end with is often not the end of a text.
         "eot_token_id": others[0] if others else None,
+        "eom_token_id": others[1] if len(others) > 1 else None,
         "add_bos_token": specials.adds_bos,
         "add_eos_token": specials.adds_eos,
     }

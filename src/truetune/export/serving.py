@@ -174,7 +174,12 @@ def _said(ranks: Mapping[str, int], scales: Mapping[str, float], rank: int, scal
 
 
 def check_servable(file: AdapterFile, *, mergeable: bool) -> None:
-    """Raises AdapterError for a method whose adapters are neither pairs of A and B nor fold into the base."""
+    """Raises AdapterError for adapters that are neither pairs of A and B nor fold into the base, and for two in one."""
+    if file.beneath:
+        raise AdapterError(
+            f"{file.folder} is on top of another adapter, and a server takes one by itself",
+            ("way out", f"truetune merge --adapter {file.folder} --to adapter makes one of both; export that"),
+        )
     if not mergeable:
         raise AdapterError(
             f"{file.folder} was made by {file.settings.kind}, which is no LoRA and does not fold into a base",

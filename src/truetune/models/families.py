@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from truetune.adapters.lora import projection_group
-from truetune.ops.projection import Normed
+from truetune.adapters.projecting import projection_group
+from truetune.ops.source import Normed
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,

@@ -32,13 +32,14 @@ class Path:
     survey: Survey
     packing: bool
 
-    def loss(self, batch: Batch) -> Tensor:
-        """The sum of the cross-entropies of the batch's trained tokens, a scalar."""
+    def loss(self, batch: Batch, *, smoothing: float = 0.0) -> Tensor:
+        """The sum of the cross-entropies of the batch's trained tokens, a scalar, with that much label smoothing."""
         head = self.survey.head
         targets = batch.targets.to(self.model.device)
         if head is None:
-            return cross_entropy_sum(trained_logits(self.model, batch), targets)
-        return linear_cross_entropy(self._hidden(batch), targets, head, keys=_keys_of_trained(batch))
+            return cross_entropy_sum(trained_logits(self.model, batch), targets, smoothing=smoothing)
+        keys = _keys_of_trained(batch)
+        return linear_cross_entropy(self._hidden(batch), targets, head, smoothing=smoothing, keys=keys)
 
     def scores(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
         """Logits and targets at the positions that predict a trained token, some rows at a time.
@@ -174,5 +175,7 @@ def _spare(model: PreTrainedModel, size: int) -> int:
     oneDNN compiles a kernel for every size it meets, which took longer than the product itself: 2 to 13 ms against 1.
     The added tokens are a segment of their own and nothing reads them.
     """
-    low = model.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
+    # The frozen part's: what an adapter trains is float32, and ``model.dtype`` is that of whatever comes first.
+    frozen = (p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad)
+    low = next(frozen, model.dtype) != torch.float32 or torch.is_autocast_enabled("cpu")
     return -size % _SIZE_STEP if low and model.device.type == "cpu" else 0

@@ -13,16 +13,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from truetune.adapters.ia3 import with_inner_factors
-from truetune.adapters.lora import projection_group
 from truetune.adapters.prefix_linear import with_prefix
+from truetune.adapters.projecting import projection_group
 from truetune.adapters.virtual import Places, placed, places_in_force
 from truetune.models.attention import AttentionSettings, row
 from truetune.models.families import DecoderParts
 from truetune.ops import buffers
 from truetune.ops.attention import rotary_segment_attention
 from truetune.ops.frozen import FrozenWeight
-from truetune.ops.projection import Gated, Group, project
+from truetune.ops.projection import Group, project
 from truetune.ops.rng import current_keys, keyed, keys_in_force
+from truetune.ops.source import Gated
 
 Recompute = Literal["none", "cheap", "full"]
 Forward = Callable[..., Any]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +11,11 @@ import torch
 
 from truetune.checkpoint.side_files import FETCHED, NOT_FETCHED
 from truetune.config.quant import QuantRecipe
-from truetune.errors import ConfigError, ModelError
-from truetune.models.names import check_config, needs_code, only_local
+from truetune.errors import ConfigError, ModelError, counted
+from truetune.models.context import context_length as context_length
+from truetune.models.context import usable_length as usable_length
+from truetune.models.library import explained, quiet
+from truetune.models.names import check_config, only_local
 from truetune.models.names import is_local as is_local
 from truetune.models.names import model_folder as model_folder
 from truetune.models.quantised import check_dense_files, load_quantised, method_of, quantization_fields, stored_recipe
@@ -22,11 +24,10 @@ from truetune.models.weights import check_weights
 from truetune.models.weights import fingerprint as fingerprint
 from truetune.models.weights import weight_hash as weight_hash
 from truetune.quant.replace import replace
+from truetune.quant.replace import stacks_remark as stacks_remark
 
 if TYPE_CHECKING:  # three seconds of processor time; what only reads files does without
     from transformers import PreTrainedModel
-
-DEFAULT_LENGTH = 2048  # tokens of an example, where neither the user nor the model sets a lower limit
 
 # What loading and tokenising share; the library would ask on the terminal whether to run a model's code.
 _NO_CODE = {"trust_remote_code": False}
@@ -148,8 +149,12 @@ def load_model(
     else:
         model, info = _load_dense(name, config, dtype, revision)
     _check_complete(name, info)
+    if warn and recipe and (remark := stacks_remark(model)):
+        warn(remark)
     if warn and (unused := sorted(map(str, info.get("unexpected_keys", ())))):
-        warn(f"{len(unused)} tensors in {name} are not used, its config.json has no place for them: {_few(unused, 4)}")
+        said = counted(len(unused), f"tensor in {name} is not used", f"tensors in {name} are not used")
+        them = "it" if len(unused) == 1 else "them"
+        warn(f"{said}, its config.json has no place for {them}: {_few(unused, 4)}")
     model.to(device)
     model.eval()
     return model
@@ -230,62 +235,6 @@ def _few(items: list[str], limit: int, between: str = ", ") -> str:
     return between.join([*items[:limit], *more])
 
 
-@contextlib.contextmanager
-def explained(name: str) -> Iterator[None]:
-    """Turn the library's exceptions about a checkpoint into ours."""
-    try:
-        yield
-    except ModelError:
-        raise
-    except Exception as error:
-        # Beside Python's own, safetensors, tokenizers and the Hub's client raise exceptions for damaged files.
-        room = type(error).__module__.split(".")[0]
-        if room not in ("builtins", "safetensors", "safetensors_rust", "tokenizers", "huggingface_hub", "httpx"):
-            raise
-        raise _explain(name, " ".join(str(error).split())) from None
-
-
-def _explain(name: str, text: str) -> ModelError:
-    if "trust_remote_code" in text or "custom code" in text:
-        return needs_code(name)
-    if "deserializing header" in text:
-        return ModelError(
-            f"--model: a weight file in {name} is damaged or cut short",
-            ("because", text[:200]),
-            ("way out", "fetch the .safetensors files again; a full disk is a common cause"),
-        )
-    if is_local(name):
-        return ModelError(f"--model: {name} can't be loaded", ("because", text[:400]))
-    if "couldn't connect" in text or "offline mode" in text or "outgoing traffic" in text or "LocalEntry" in text:
-        return ModelError(
-            f"--model: there is no folder {name}, and the Hub can't be asked for it: no connection, or HF_HUB_OFFLINE",
-            ("way out", "the path of a model on this machine, or a connection for the first download"),
-        )
-    if "valid model identifier" in text or "Repository Not Found" in text:
-        return ModelError(
-            f"--model: {name} is neither a folder here nor a model on the Hub",
-            ("way out", "check the spelling; a private or gated model needs `hf auth login` first"),
-        )
-    return ModelError(f"--model: {name} can't be loaded from the Hub", ("because", text[:400]))
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the library's bars and advice off the terminal; what matters is checked and said by us."""
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    bars = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
 def local_copy(name: str, *, revision: str | None = None) -> Path:
     """The folder with a model's files: the local one, or the Hub's, fetched into its cache."""
     if is_local(name):
@@ -319,33 +268,3 @@ def known_copy(name: str, *, revision: str | None = None) -> Path | None:
 
     found = try_to_load_from_cache(name, "config.json", revision=revision)
     return Path(found).parent if isinstance(found, str) else None
-
-
-def context_length(config: Any) -> int | None:
-    """The longest text the model was made for, where its config says."""
-    for name in ("max_position_embeddings", "n_positions", "seq_length"):
-        value = getattr(config, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
-
-
-def usable_length(config: Any, asked: int | None, *, virtual: int = 0) -> int:
-    """The longest example to train on: what was asked for, else the model's context, at most ``DEFAULT_LENGTH``.
-
-    Args:
-        virtual: positions that the tuning method takes for itself in front of every example.
-    Raises:
-        ConfigError: more than the model's context; it would be trained on positions it has never seen, or has none for.
-    """
-    whole = context_length(config)
-    context = whole and max(whole - virtual, 0)
-    if whole and not context:
-        raise ConfigError(f"--virtual-tokens {virtual}: the model was made for at most {whole:,} tokens")
-    if asked and context and asked > context:
-        beside = f", and --virtual-tokens takes {virtual}" if virtual else ""
-        raise ConfigError(
-            f"--max-length {asked}: the model was made for at most {whole:,} tokens (max_position_embeddings){beside}",
-            ("way out", f"--max-length {context}; or raise it in config.json, if the model is known to stand that"),
-        )
-    return asked or min(context or DEFAULT_LENGTH, DEFAULT_LENGTH)

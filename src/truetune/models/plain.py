@@ -6,14 +6,17 @@ import importlib
 import importlib.util
 import logging
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from truetune.errors import ConfigError
-from truetune.models.load import explained, quiet
+from truetune.models.library import explained, quiet
+from truetune.models.load import skeleton
 
 
 def load_plain(folder: Path, *, device: str) -> tuple[Any, list[str]]:
@@ -35,6 +38,12 @@ def load_plain(folder: Path, *, device: str) -> tuple[Any, list[str]]:
     return model.to(device).eval(), faults
 
 
+def check_peft() -> None:
+    """Raises ConfigError where PEFT is not installed."""
+    if importlib.util.find_spec("peft") is None:
+        raise ConfigError("--against peft: PEFT is not installed here", ("way out", "pip install peft"))
+
+
 def load_by_peft(base: Path, adapter: Path, *, dtype: torch.dtype, device: str) -> Any:
     """``PeftModel.from_pretrained`` on the base, in ``eval`` mode.
 
@@ -42,13 +51,30 @@ def load_by_peft(base: Path, adapter: Path, *, dtype: torch.dtype, device: str) 
         ConfigError: PEFT is not installed.
         ModelError: the base or the adapter does not load.
     """
-    if importlib.util.find_spec("peft") is None:
-        raise ConfigError("--against peft: PEFT is not installed here", ("way out", "pip install peft"))
+    check_peft()
     peft = importlib.import_module("peft")  # for this comparison alone: nothing of the product depends on it
     with explained(str(adapter)), quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its advice is for who trains with it
         model = AutoModelForCausalLM.from_pretrained(str(base), dtype=dtype, local_files_only=True)
         return peft.PeftModel.from_pretrained(model, str(adapter)).to(device).eval()
+
+
+def of_weights(config: Any, state: Mapping[str, Tensor], *, device: str) -> Any:
+    """The model of a config with these weights, float32, in ``eval`` mode.
+
+    Args:
+        state: by the model's own names; of a tied head only the table.
+    """
+    # Gemma 2's cap on attention scores is computed by this one everywhere.
+    attention = "eager" if getattr(config, "attn_logit_softcapping", None) else None
+    cls = type(skeleton(config, dtype=torch.float32))
+    with quiet():
+        model, info = cls.from_pretrained(
+            None, config=config, state_dict=dict(state), dtype=torch.float32, output_loading_info=True,
+            attn_implementation=attention,
+        )  # fmt: skip
+    assert not info["missing_keys"], info["missing_keys"]
+    return model.to(device).eval()
 
 
 def own_stops(model: Any) -> frozenset[int]:

@@ -28,7 +28,7 @@ from truetune.models.attention import (
 from truetune.models.families import DecoderParts, decoder_parts
 from truetune.models.fused import FusedLayer, standing_in
 from truetune.models.layers import decoder, decoder_layers, head_of
-from truetune.models.load import quiet
+from truetune.models.library import quiet
 from truetune.ops.loss import Head
 from truetune.quant.linear8bit import unrounded
 

@@ -43,6 +43,7 @@ def segment_attention(
         ValueError: the lengths do not sum to T.
     """
     rule = _rule(q.shape[2], q.shape[3], lengths, scale, window, softcap)
+    q, k, v = (_as_autocast(t) for t in (q, k, v))
     if not dropout and q.shape[0] == 1:
         heads = [t[0].transpose(0, 1) for t in (q, k, v)]
         if library := _native(*heads):
@@ -158,9 +159,16 @@ def _by_segment(q: Tensor, k: Tensor, v: Tensor, rule: Rule, dropout: float = 0.
     if q.device.type == "cpu" and q.dtype.itemsize < 4:
         # torch compiles and keeps a bf16 kernel for every segment length it meets, some 3 MB each: 220 lengths took
         # 1.1 GB. In float32 it keeps nothing, is twice as fast at these sizes, and is closer to the truth.
-        return _by_segment(q.float(), k.float(), v.float(), rule, dropout).to(q.dtype)
+        with torch.autocast("cpu", enabled=False):  # which would turn them back
+            return _by_segment(q.float(), k.float(), v.float(), rule, dropout).to(q.dtype)
     parts = (torch.split(t, list(rule.lengths), dim=2) for t in (q, k, v))
     return torch.cat([_one_segment(*qkv, rule=rule, dropout=dropout) for qkv in zip(*parts, strict=True)], dim=2)
+
+
+def _as_autocast(x: Tensor) -> Tensor:
+    """As torch's fused attention would take it; rotary positions leave q and k in float32 beside a v in bf16."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def _one_segment(q: Tensor, k: Tensor, v: Tensor, *, rule: Rule, dropout: float) -> Tensor:

@@ -6,7 +6,7 @@ the step was cut into micro-batches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,17 +24,18 @@ _CHUNK_BYTES = 32 << 20
 _NO_TARGET = torch.iinfo(torch.int64).min  # torch leaves out -100 in silence, unless it is told of another number
 
 
-def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
+def cross_entropy_sum(logits: Tensor, targets: Tensor, *, smoothing: float = 0.0) -> Tensor:
     """Computes ``F.cross_entropy(logits.float(), targets, reduction="sum")``; float64 stays what it is.
 
     Args:
         logits: [n, vocab], any floating dtype; the softmax is taken in float32.
         targets: [n] int64 in [0, vocab).
+        smoothing: label smoothing, as in ``F.cross_entropy``.
     Returns:
         A float32 scalar; 0 with a gradient of zeros when n = 0.
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
-    return F.cross_entropy(logits.to(wide), targets, reduction="sum")
+    return F.cross_entropy(logits.to(wide), targets, reduction="sum", label_smoothing=smoothing)
 
 
 @dataclass(frozen=True)
@@ -94,16 +95,31 @@ def linear_cross_entropy(
     # Inside a Function grad mode is off, and what an input says of itself does not know of no_grad outside.
     wants = torch.is_grad_enabled() and (hidden.requires_grad or bool(head.parameters))
     if head.weight is None:
-        total: Tensor = _TrainedHead.apply(  # type: ignore[no-untyped-call]
-            hidden, targets, head, smoothing, chunk or 256, wants, keys, *head.parameters
-        )
+        call = _Call(head, targets, smoothing, chunk or 256, wants, keys)
+        total: Tensor = _TrainedHead.apply(call, hidden, *head.parameters)  # type: ignore[no-untyped-call]
     else:
         rows = chunk or _rows(head.weight.shape[0] * head.weight.element_size())
+        call = _Call(head, targets, smoothing, rows, wants)
         with torch.autocast(hidden.device.type, enabled=False):
             total = _FrozenHead.apply(  # type: ignore[no-untyped-call]
-                hidden.to(head.weight.dtype), targets, head, smoothing, rows, wants, head.rows
+                call, hidden.to(head.weight.dtype), head.rows
             )
     return total
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What both Functions take beside what they find gradients for."""
+
+    head: Head
+    targets: Tensor
+    smoothing: float
+    rows: int  # at a time
+    wants: bool  # a gradient
+    keys: Tensor | None = None
+
+    def parts(self, hidden: Tensor) -> Iterator[slice]:
+        return (slice(start, start + self.rows) for start in range(0, len(hidden), self.rows))
 
 
 def _rows(row_bytes: int) -> int:
@@ -134,36 +150,20 @@ class _FrozenHead(torch.autograd.Function):
     """Only the hidden states and the trained rows get a gradient: softmax minus one-hot, times the weight."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        targets: Tensor,
-        head: Head,
-        smoothing: float,
-        rows: int,
-        wants: bool,
-        trained: Tensor | None,
-    ) -> Tensor:
-        weight = head.weight
+    def forward(ctx: Any, call: _Call, hidden: Tensor, trained: Tensor | None) -> Tensor:
+        head, targets, weight = call.head, call.targets, call.head.weight
         assert weight is not None
         few = None if trained is None else _TrainedRows(head, weight, trained)
         count, hidden = len(hidden), _filled_up(hidden)
-        gradient = buffers.empty_like(hidden) if wants else None
+        gradient = buffers.empty_like(hidden) if call.wants else None
         total = hidden.new_zeros((), dtype=torch.float64)
-        room = buffers.empty(min(rows, len(hidden)), len(weight), hidden.dtype, hidden.device)
-        for start in range(0, len(hidden), rows):
-            part = slice(start, start + rows)
-            logits = room[: len(hidden[part])]
-            torch.mm(hidden[part], weight.T, out=logits)
-            if few is not None:
-                few.put(logits, hidden[part])
-            if head.bias is not None:
-                logits += head.bias
-            if head.scale != 1.0:
-                logits *= head.scale
+        room = buffers.empty(min(call.rows, len(hidden)), len(weight), hidden.dtype, hidden.device)
+        for part in call.parts(hidden):
+            logits = _uncapped(hidden[part], head, few, out=room[: len(hidden[part])])
             losses = softmax_cross_entropy_(
-                logits[: len(targets[part])], targets[part], softcap=head.softcap, smoothing=smoothing, grad=wants
-            )
+                logits[: len(targets[part])], targets[part], softcap=head.softcap, smoothing=call.smoothing,
+                grad=call.wants,
+            )  # fmt: skip
             total += losses.sum(dtype=torch.float64)
             if gradient is not None:
                 torch.mm(logits, weight, out=gradient[part])
@@ -172,7 +172,7 @@ class _FrozenHead(torch.autograd.Function):
         if gradient is not None and head.scale != 1.0:
             gradient *= head.scale
         ctx.gradient = None if gradient is None else gradient[:count]
-        ctx.of_rows = few.gradient * head.scale if few is not None and wants else None
+        ctx.of_rows = few.gradient * head.scale if few is not None and call.wants else None
         return total.to(torch.promote_types(hidden.dtype, torch.float32))
 
     @staticmethod
@@ -180,7 +180,20 @@ class _FrozenHead(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         gradient = None if ctx.gradient is None else ctx.gradient * g
         of_rows = None if ctx.of_rows is None else ctx.of_rows * g
-        return gradient, None, None, None, None, None, of_rows
+        return None, gradient, of_rows
+
+
+def _uncapped(hidden: Tensor, head: Head, few: _TrainedRows | None, *, out: Tensor) -> Tensor:
+    """``out``, filled with the logits of ``hidden`` [n, h] before the cap, [n, vocab]."""
+    assert head.weight is not None
+    torch.mm(hidden, head.weight.T, out=out)
+    if few is not None:
+        few.put(out, hidden)
+    if head.bias is not None:
+        out += head.bias
+    if head.scale != 1.0:
+        out *= head.scale
+    return out
 
 
 def _filled_up(hidden: Tensor) -> Tensor:
@@ -198,30 +211,19 @@ class _TrainedHead(torch.autograd.Function):
     """Any head: autograd runs within a chunk, and what it finds for the head's own parameters adds up."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        targets: Tensor,
-        head: Head,
-        smoothing: float,
-        rows: int,
-        wants: bool,
-        keys: Tensor | None,
-        *parameters: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, call: _Call, hidden: Tensor, *parameters: Tensor) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float64)
-        sums = [torch.zeros_like(t) for t in (hidden, *parameters)] if wants else []
-        for start in range(0, len(hidden), rows):
-            part = slice(start, start + rows)
-            with torch.set_grad_enabled(wants), keyed(None if keys is None else keys[part]):
-                rows_in = hidden[part].detach().requires_grad_(wants)
-                logits = head.logits(rows_in)
-                wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        sums = [torch.zeros_like(t) for t in (hidden, *parameters)] if call.wants else []
+        for part in call.parts(hidden):
+            with torch.set_grad_enabled(call.wants), keyed(None if call.keys is None else call.keys[part]):
+                rows_in = hidden[part].detach().requires_grad_(call.wants)
+                logits = call.head.logits(rows_in)
                 loss = F.cross_entropy(
-                    wide, targets[part], reduction="sum", label_smoothing=smoothing, ignore_index=_NO_TARGET
-                )
+                    logits.to(torch.promote_types(logits.dtype, torch.float32)), call.targets[part], reduction="sum",
+                    label_smoothing=call.smoothing, ignore_index=_NO_TARGET,
+                )  # fmt: skip
             total += loss.detach()
-            if wants:
+            if call.wants:
                 _add(sums, part, torch.autograd.grad(loss, [rows_in, *parameters]))
         ctx.sums = sums
         return total.to(torch.promote_types(hidden.dtype, torch.float32))
@@ -229,8 +231,7 @@ class _TrainedHead(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, *parameters = [t * g for t in ctx.sums]
-        return (hidden, None, None, None, None, None, None, *parameters)
+        return (None, *(t * g for t in ctx.sums))
 
 
 def _add(sums: Sequence[Tensor], part: slice, gradients: Sequence[Tensor]) -> None:

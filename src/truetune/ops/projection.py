@@ -7,8 +7,8 @@ Without the factor g this is LoRA (Hu et al. 2021, arXiv:2106.09685, section 4);
 
 Frozen weights need two products per token, not three, and nothing but x for the gradients of A and B. So x is kept
 once for all projections that read it, the A_i are stacked into one thin product, and the low-rank part is added into
-the base's output. Where x comes from something cheap (a norm, a gated activation), that is a ``Source``: its own
-inputs are kept, and x is computed again in the backward. The gradient of g needs what g multiplied: it is read off the
+the base's output. Where x comes from something cheap, that is a ``source.Source``, and x is computed again in the
+backward. The gradient of g needs what g multiplied: it is read off the
 output, which who comes after this node keeps anyway.
 """
 
@@ -16,15 +16,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from truetune.ops import buffers, gated, norm, rescale, thin
+from truetune.ops import rescale, thin
 from truetune.ops.dropout import Mask
 from truetune.ops.frozen import FrozenWeight
+from truetune.ops.source import PLAIN, Source
 
 
 @dataclass(frozen=True)
@@ -91,66 +92,6 @@ class Group:
     def drop(self, x: Tensor) -> Tensor:
         """The low-rank paths' input; of a gradient, its backward."""
         return x if self.mask is None else self.mask.on(x)
-
-
-class Source(Protocol):
-    """What turns the kept inputs into x."""
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor | None]:
-        """``(x, what the backward needs beside the inputs)``."""
-
-    def backward(self, g: Tensor, memo: Tensor | None, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """The inputs' gradients, given that of x [n, in], which nobody reads afterwards: it may be overwritten."""
-
-
-class Plain:
-    """x itself."""
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[n, in], as it is."""
-        return inputs[0], None
-
-    def backward(self, g: Tensor, memo: Tensor | None, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """The gradient, as it is."""
-        return (g,)
-
-
-@dataclass(frozen=True)
-class Normed:
-    """RMSNorm of one input, with a frozen weight."""
-
-    weight: Tensor | None
-    eps: float
-    offset: float = 0.0
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[n, in], normalised."""
-        return norm.rms_norm(inputs[0], self.weight, self.eps, offset=self.offset)
-
-    def backward(self, g: Tensor, memo: Tensor | None, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Of the norm's input."""
-        assert memo is not None
-        return (norm.rms_norm_backward(g, inputs[0], self.weight, memo, offset=self.offset),)
-
-
-@dataclass(frozen=True)
-class Gated:
-    """act(gate) · up (Shazeer 2020, arXiv:2002.05202)."""
-
-    kind: str
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[n, inner] of gate and up, both [n, inner]."""
-        gate, up = inputs
-        return gated.gated(gate, up, self.kind), None
-
-    def backward(self, g: Tensor, memo: Tensor | None, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Of gate and up."""
-        gate, up = inputs
-        return gated.gated_backward(g, gate, up, self.kind, out=(g, buffers.empty_like(g)))  # g is nobody else's
-
-
-PLAIN = Plain()
 
 
 def project(

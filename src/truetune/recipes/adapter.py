@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from pathlib import Path, PureWindowsPath
+from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from truetune.adapters.files import AdapterFile
@@ -14,6 +14,8 @@ from truetune.errors import AdapterError
 from truetune.export.onto import recipe_of
 from truetune.models import load
 from truetune.models.tokenizer import ChatTokenizer
+from truetune.recipes.adapter_base import check_base as check_base
+from truetune.recipes.adapter_base import check_same_base as check_same_base
 
 
 def base_name(model: str) -> str:
@@ -31,62 +33,6 @@ def describe_base(model: str, revision: str | None, config: Any) -> dict[str, An
         "weights_sha256": (load.weight_hash(folder) if folder else "") or None,
         "architecture": (getattr(config, "architectures", None) or [None])[0],
     }
-
-
-def check_base(file: AdapterFile, model: str, folder: Path | None, *, allowed: Collection[Mismatch] = ()) -> None:
-    """Compare a base with the one an adapter was trained on: by the weights, or by name where their hash is not known.
-
-    Args:
-        model: as the user names it.
-        folder: where its files are.
-        allowed: the differences that are meant.
-    Raises:
-        AdapterError: they differ, and nobody said that this is meant.
-    """
-    if "base" in allowed:
-        return
-    card = file.card.get("base") or {}
-    name, known = card.get("name") or file.config.get("base_model_name_or_path"), card.get("weights_sha256")
-    found = load.weight_hash(folder) if known and folder else ""
-    way_out = ("way out", "pass the base it was trained on, or --allow-mismatch base if the difference is meant")
-    if known and found:
-        if found != known:
-            raise AdapterError(
-                f"{file.folder} was trained on other weights than those in {model}",
-                ("trained on", f"{name} ({known[:12]})"),
-                ("found", f"{folder} ({found[:12]})"),
-                way_out,
-            )
-    elif name and not _may_be_the_same(str(name), model):
-        raise AdapterError(
-            f"{file.folder} was trained on another base than {model}, by its name",
-            ("trained on", str(name)),
-            ("found", model),
-            way_out,
-        )
-
-
-def check_same_base(parents: Sequence[AdapterFile]) -> None:
-    """Compare the bases of adapters that are to be used together: by the weights, or by name where a hash is missing.
-
-    Raises:
-        AdapterError: two of them were trained on different bases.
-    """
-    first, *others = parents
-    one = first.card.get("base") or {}
-    name = str(one.get("name") or first.config.get("base_model_name_or_path") or "")
-    for file in others:
-        base = file.card.get("base") or {}
-        other = str(base.get("name") or file.config.get("base_model_name_or_path") or "")
-        hashes = one.get("weights_sha256"), base.get("weights_sha256")
-        same = hashes[0] == hashes[1] if all(hashes) else not (name and other) or _may_be_the_same(name, other)
-        if not same:
-            raise AdapterError(
-                f"{file.folder} was trained on another base than {first.folder}",
-                ("one", f"{name} ({str(hashes[0])[:12]})"),
-                ("other", f"{other} ({str(hashes[1])[:12]})"),
-                ("way out", "adapters of one base; --allow-mismatch base if the difference is meant"),
-            )
 
 
 def check_template(file: AdapterFile, template: Template | None, *, allowed: Collection[Mismatch] = ()) -> None:
@@ -135,18 +81,3 @@ def packing_remark(file: AdapterFile, here: QuantRecipe | None) -> str | None:
         return None
     flags = f": --quant {trained.kind}{' --double-quant' if trained.double else ''}" if trained and not here else ""
     return f"the adapter was trained on {one} weights, and these are {other}{flags and flags + ' packs them as then'}"
-
-
-def _may_be_the_same(one: str, other: str) -> bool:
-    """Two models of the Hub have the same name; a folder may be a copy, and is known by its last part."""
-    first, second = _public_name(one), _public_name(other)
-    if not (load.is_local(first) or load.is_local(second)):
-        return first.lower() == second.lower()
-    return PureWindowsPath(first).name.lower() == PureWindowsPath(second).name.lower()
-
-
-def _public_name(name: str) -> str:
-    """``org/model`` of a folder in the Hub's cache (``…/models--org--model/snapshots/COMMIT``), else the name."""
-    cached = [part for part in PureWindowsPath(name).parts if part.startswith("models--")]
-    path = str(Path(name).expanduser().resolve()) if load.is_local(name) and not cached else name
-    return cached[0].removeprefix("models--").replace("--", "/") if cached else path

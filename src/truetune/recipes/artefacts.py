@@ -17,13 +17,13 @@ def read_recorded(run: Path) -> list[str]:
     """The artefacts that were made from a run, as far as they are still where they were."""
     try:
         found = json.loads((run / RECORD).read_text(encoding="utf-8"))["artefacts"]
-        return [str(path) for path in found if Path(path).is_dir()]
+        return [str(path) for path in found if Path(path).exists()]
     except (OSError, ValueError, KeyError, TypeError):
         return []
 
 
 def note_artefact(adapter: Path, out: Path) -> None:
-    """Let the run that an adapter is from know of a model made from it, for a later ``verify``.
+    """Let the run that an adapter or a model is from know of what was made from it, for a later ``verify``.
 
     A run that can't be written to any more is no reason to fail: the model is there.
     """

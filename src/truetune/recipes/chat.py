@@ -15,7 +15,7 @@ from truetune.adapters.inject import attachment
 from truetune.config.chat import ChatConfig
 from truetune.config.resolve import Resolved
 from truetune.data.schema import Message
-from truetune.errors import ConfigError, OutputError, TruetuneError, nearest
+from truetune.errors import ConfigError, OutputError, TruetuneError, counted, nearest
 from truetune.generate.engine import Engine
 from truetune.generate.request import Delta, Request
 from truetune.recipes.generate import ADAPTER, Speaker, check_prompt, engine_of, load_speaker, request_for
@@ -154,7 +154,7 @@ class Chat:
         why = {"cancelled": " · stopped", "length": " · cut"}.get(end.finish, "")
         if self.is_terminal:
             speed = new / max(time.perf_counter() - began, 1e-9)
-            self.screen.console.print(f"[dim]{new} tokens · {speed:,.1f} tok/s{why}[/dim]")
+            self.screen.console.print(f"[dim]{counted(new, 'token')} · {speed:,.1f} tok/s{why}[/dim]")
         return text
 
     def _stop_ids(self, adapter: str | None) -> frozenset[int]:

@@ -1,5 +1,7 @@
 """Going on from an adapter: its method, layers and sizes are given, and a setting that says otherwise is refused.
 
+With ``--on-top-of`` the adapter stays as it is, beneath a new one that has settings of its own.
+
 What only training reads may be set anew (dropout). AdaLoRA's ranks are final, so they stay as they are. Where a network
 made what the file holds (P-tuning, prefix with a projection), the file's rows themselves are trained.
 """
@@ -40,10 +42,14 @@ _START = ("init", "d_initial", "prompt_text", "projection", "encoder", "encoder_
 
 @dataclass(frozen=True)
 class Begun:
-    """The adapter that a run goes on from, and what was set before its settings took their place."""
+    """The adapter that a run goes on from, and what was set before its settings took their place.
+
+    ``stays`` says that it is not trained itself, but stays beneath a new one.
+    """
 
     file: AdapterFile
     asked: Resolved[Any]
+    stays: bool = False
 
     @property
     def identity(self) -> str:
@@ -54,7 +60,7 @@ class Begun:
     @property
     def holds_parts(self) -> bool:
         """Whether it has parts of the base that are trained in full."""
-        return bool(self.file.config.get("modules_to_save"))
+        return bool(self.file.config.get("modules_to_save")) and not self.stays
 
     def check(self, model_config: Any, screen: Screen) -> None:
         """Compare the base that it was trained on with the one that the run names, and the layers that both mean.
@@ -68,6 +74,8 @@ class Begun:
             check_base(self.file, config.model, load.local_copy(config.model, revision=config.revision))
         if remark := packing_remark(self.file, load.packing(config.model, model_config, config.recipe())):
             screen.warn(remark)
+        if self.stays:
+            return
         dtype = load.checkpoint_dtype(model_config)
         _check_places(self.file, self.asked, load.skeleton(load.dense_config(model_config), dtype=dtype))
 
@@ -113,6 +121,8 @@ def read_start(resolved: Resolved[Any]) -> tuple[Resolved[Any], Begun | None]:
         ConfigError: settings that contradict it, by name.
     """
     config: TrainConfig = resolved.config
+    if config.on_top_of is not None:
+        return _on_top(resolved, files.read(Path(config.on_top_of).expanduser()))
     if config.adapter is None:
         return resolved, None
     file = files.read(Path(config.adapter).expanduser())
@@ -127,6 +137,24 @@ def read_start(resolved: Resolved[Any]) -> tuple[Resolved[Any], Begun | None]:
         taken["system"] = file.card["system"]
     sources = {**resolved.sources, **{n: "adapter" for n in taken if n not in given}}
     return replace(resolved, config=type(config)(**{**values, **taken}), sources=sources), Begun(file, resolved)
+
+
+def _on_top(resolved: Resolved[Any], file: AdapterFile) -> tuple[Resolved[Any], Begun]:
+    """The settings as they are, but for the system message that the adapter beneath was trained with.
+
+    Raises:
+        ConfigError: that adapter brings tokens, which would be in neither's file.
+    """
+    if file.settings.token_rows:
+        raise ConfigError(
+            f"--on-top-of {file.folder}: it brings rows of tokens, and those of two adapters do not add up",
+            ("way out", "truetune merge folds it into the base, with its tokens; or go on from it with --adapter"),
+        )
+    config, own, sources = resolved.config, file.card.get("system"), resolved.sources
+    if "system" in type(config).model_fields and own is not None and sources.get("system") == "default":
+        resolved = replace(resolved, config=config.model_copy(update={"system": own}),
+                           sources={**sources, "system": "adapter"})  # fmt: skip
+    return resolved, Begun(file, resolved, stays=True)
 
 
 def _given(resolved: Resolved[Any]) -> set[str]:
@@ -190,6 +218,9 @@ def _check_places(file: AdapterFile, asked: Resolved[Any], model: Any) -> None:
 
 def put_on(setup: Setup, model: Any) -> int:
     """The run's method on a model, as it starts or as the adapter left it; returns the number of its layers."""
+    if setup.on is not None:
+        on = files.attach_on(model, setup.on, config=setup.adapter, seed=setup.config.seed, prompt_ids=setup.prompt_ids)
+        return len(on.sites)
     if setup.start is not None:
         files.load(model, setup.start, config=setup.adapter, trained=True)
         attached = attachment(model)

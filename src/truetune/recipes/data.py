@@ -29,6 +29,7 @@ from truetune.train.log import Screen
 _LATER = ("packing",)
 LARGE = 4 << 20  # bytes of the files, from which on several processes are worth their start
 _PACKED = (*PACKINGS, ".parquet")
+_States = dict[str, tuple[int, int, int]]  # of files: inode, size, time of the last change
 
 
 @dataclass(frozen=True)
@@ -130,17 +131,39 @@ def _made(key: Callable[[], str | None], how: Instructions | Texts, screen: Scre
         told = Told(screen)
         return replace(make(told), told=tuple(told.lines))
 
+    before = _states(how.config)
     made, cached = through_cache(
         key,
         lambda: told_too(how.build),
         build_in=(lambda work: told_too(lambda told: how.build_in(told, work))) if is_large(how.config) else None,
         waits=lambda: screen.note("another process is making these tokens: waiting for them"),
     )
+    if not cached:
+        _raise_if_changed(before, _states(how.config))
     if cached:
         say = {"note": screen.note, "warn": screen.warn}
         for kind, text in made.told:
             say[kind](text)
     return made, cached
+
+
+def _raise_if_changed(before: _States, now: _States) -> None:
+    """A file that is gone by now was read whole, or reading it failed."""
+    if changed := [name for name, state in before.items() if now.get(name, state) != state]:
+        raise DataError(
+            f"{', '.join(changed[:5])}: changed while being read, so the rows may be partly old and partly new",
+            ("way out", "the same command again, once nothing writes there any more"),
+        )
+
+
+def _states(config: TrainConfig) -> _States:
+    """Of each data file what changes when it is written to; none where they can't be found: reading will say why."""
+    try:
+        files = {file for paths in (config.data, config.val_data) if paths for file in find_files(paths)}
+        stats = {file: os.stat(file) for file in files}
+    except (DataError, OSError):
+        return {}
+    return {file: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for file, stat in stats.items()}
 
 
 def _key(

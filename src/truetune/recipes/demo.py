@@ -18,7 +18,7 @@ from truetune.config.sft import SFTConfig
 from truetune.config.verify import VerifyConfig
 from truetune.data.stdlib import HELD_OUT, parses
 from truetune.errors import OutputError
-from truetune.generate.answer import Sampling, answer_all
+from truetune.generate.answer import answer_all
 from truetune.recipes import demo_data, demo_report, merge, sft
 from truetune.recipes.generate import load_speaker
 from truetune.recipes.quality import Contestant, measure, spread
@@ -93,7 +93,6 @@ def _contestant(held_out: Path, questions: list[str], screen: Screen, name: str,
     screen.say("answer", f"{len(questions)} held-out questions by the {name}")
     speaker = load_speaker(resolve(GenerateConfig, file=None, flags={"prompt": "", **source}).config, screen)
     prompts = [speaker.prompt_ids(question) for question in questions]
-    sampling = Sampling(_ANSWER_TOKENS)
-    answers = answer_all(speaker.model, prompts, stop_ids=speaker.stop_ids, sampling=sampling)
+    answers = answer_all(speaker.model, prompts, stop_ids=speaker.stop_ids, longest=_ANSWER_TOKENS)
     texts = [speaker.tokenizer.hf.decode(ids, skip_special_tokens=True) for ids in answers]
     return Contestant(speaker, measure(speaker, held_out, limit=_ROWS), texts)

@@ -10,9 +10,11 @@ from truetune.adapters import files
 from truetune.checkpoint.atomic import atomic_folder
 from truetune.config.export import ExportConfig
 from truetune.config.methods import METHODS
+from truetune.errors import counted
 from truetune.export.new_folder import check_out
 from truetune.export.serving import Served, check_servable, serving
 from truetune.models import load
+from truetune.recipes.artefacts import note_artefact
 from truetune.recipes.export_source import Source, fold_into
 from truetune.train.log import Screen
 
@@ -34,6 +36,7 @@ def run(config: ExportConfig, source: Source, screen: Screen) -> dict[str, Any]:
     if served.plain:
         where = out / "adapter" if base else out
         _write_adapter(file, served, where, base)
+    note_artefact(file.folder, out if where else out / "base")
     _tell(served, where, base, source, screen)
     return {
         "out": str(out),
@@ -66,7 +69,7 @@ def _tell(served: Served, where: Path | None, base: Path | None, source: Source,
     if where is None:
         screen.say("done", f"{base}: all of it is in the base, and no adapter is left")
         return
-    screen.say("done", f"{where}: {len(served.plain)} layers, rank {served.config['r']}, "
+    screen.say("done", f"{where}: {counted(len(served.plain), 'layer')}, rank {served.config['r']}, "
                f"alpha {served.config['lora_alpha']:g}" + (f" · its base is {base}" if base else ""))  # fmt: skip
     if served.max_lora_rank is None:
         screen.warn(f"rank {served.config['r']} is more than vLLM takes (512)")

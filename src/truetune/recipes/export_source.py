@@ -21,7 +21,8 @@ from truetune.errors import AdapterError
 from truetune.export.merge import merge_checkpoint
 from truetune.models import load
 from truetune.models.tokenizer import ChatTokenizer
-from truetune.recipes.merge import extra_files, tokenizer_files
+from truetune.recipes.merge_beside import extra_files
+from truetune.recipes.merge_model import tokenizer_files
 from truetune.recipes.merge_plan import plan_merge
 from truetune.train.log import Screen
 
@@ -32,6 +33,11 @@ class Source:
 
     name: str
     file: files.AdapterFile | None
+
+    @property
+    def folder(self) -> Path:
+        """Of the adapter, else of the model."""
+        return self.file.folder if self.file is not None else Path(self.name).expanduser()
 
     @property
     def card(self) -> Mapping[str, Any]:

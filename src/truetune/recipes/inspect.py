@@ -56,7 +56,9 @@ def existing(name: str) -> Path:
     if not path.exists():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(f"there is no file or folder {path}", ("did you mean", nearest(path.name, siblings)))
-    return path
+    # What export leaves for llama.cpp or Ollama is the model in it, or the LoRA where that is all.
+    inside = [path / name for name in ("model.gguf", "adapter.gguf") if path.is_dir() and (path / name).is_file()]
+    return inside[0] if inside else path
 
 
 def list_methods() -> dict[str, Any]:
@@ -135,6 +137,7 @@ def _adapter(path: Path) -> dict[str, Any]:
         "parameters": sum(t.numel() for t in file.tensors.values()),
         "size_mb": round(sum(t.numel() * t.element_size() for t in file.tensors.values()) / 1e6, 2),
         "template": (card.get("template") or {}).get("name"),
+        **({"on_top_of": f"{file.beneath.settings.kind} of {file.beneath.folder}"} if file.beneath else {}),
         "base_sha256": (card.get("base") or {}).get("weights_sha256"),
         "metrics": card.get("metrics"),
         "made_by": card.get("versions") or {"peft": file.config.get("peft_version")},

@@ -19,6 +19,7 @@ from truetune.checkpoint.tensors import load, open_index
 from truetune.data.read import read_rows
 from truetune.errors import DataError
 from truetune.export.gguf import read_keys
+from truetune.export.gguf_read import dense
 from truetune.recipes.resume import read_settings
 from truetune.train.log import whole_rows
 
@@ -131,7 +132,7 @@ def _ggufs(one: Path, other: Path) -> Iterator[Row]:
     (keys, tensors), (other_keys, other_tensors) = read_keys(one), read_keys(other)
     yield from _fields(keys, other_keys, "key: ")
     a, b = ({tensor.name: tensor for tensor in found} for found in (tensors, other_tensors))
-    yield from _tensors(a.keys(), b.keys(), lambda name: _dense(a[name]), lambda name: _dense(b[name]))
+    yield from _tensors(a.keys(), b.keys(), lambda name: dense(a[name]), lambda name: dense(b[name]))
 
 
 def gguf_facts(path: Path) -> dict[str, Any]:
@@ -154,12 +155,6 @@ def gguf_facts(path: Path) -> dict[str, Any]:
         "ends_with": [tokens[number] for number in ends if number is not None],
         "chat_template": "tokenizer.chat_template" in keys,
     }
-
-
-def _dense(tensor: Any) -> Tensor:
-    from gguf import dequantize
-
-    return torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
 
 
 def _tensors(

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 
@@ -22,7 +21,7 @@ from truetune.models.layers import decoder_layers
 from truetune.models.precision import name_of
 from truetune.quant.base import QuantLinear
 from truetune.recipes.setup import Setup
-from truetune.train.estimate import Estimate, estimate_memory, text_shape
+from truetune.train.estimate import Demand, Economy, Estimate, estimate_memory, text_shape
 from truetune.train.memory import resident_mb
 
 # Share of the free memory that a plan may count on.
@@ -34,28 +33,32 @@ _BESIDE_PACKED = 1000.0
 # Micro-batches are proposed in steps of this many tokens.
 _TOKENS = 64
 
-Recompute = Literal["none", "cheap", "full"]
-At = Callable[..., Estimate]
-
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What was decided.
+    """What was decided, and what that takes."""
 
-    Attributes:
-        recompute, full_layers: as ``forward.prepared`` takes them.
-        streamed: the base stays on disk.
-        estimate: what that takes.
-    """
-
-    recompute: Recompute
-    full_layers: int
-    streamed: bool
+    economy: Economy
     estimate: Estimate
 
-    def facts(self) -> dict[str, Any]:
-        """What a resumed run repeats."""
-        return {"recompute": self.recompute, "full_layers": self.full_layers, "streamed": self.streamed}
+
+@dataclass(frozen=True)
+class _Forecast:
+    """What a run takes, by how it saves memory.
+
+    Attributes:
+        model: the skeleton, with what is trained.
+    """
+
+    model: Any
+    config: Any
+    demand: Demand
+
+    def at(self, economy: Economy) -> Estimate:
+        return estimate_memory(self.model, self.config, self.demand, economy)
+
+    def with_micro_tokens(self, tokens: int) -> _Forecast:
+        return replace(self, demand=replace(self.demand, micro_tokens=tokens))
 
 
 def check_device(config: TrainConfig, device: str) -> None:
@@ -87,27 +90,27 @@ def memory_plan(
     """
     layers = decoder_layers(model)
     parts = setup.precision.autocast is None and bool(layers) and all(map(decoder_parts, layers))
-    at = partial(
-        estimate_memory, model, setup.model_config, storage=setup.precision.storage, micro_tokens=micro_tokens,
-        trained_share=share, process=resident_mb(setup.device), fused=parts and setup.config.packing is not False,
+    demand = Demand(
+        storage=setup.precision.storage, micro_tokens=micro_tokens, trained_share=share,
+        process=resident_mb(setup.device), fused=parts and setup.config.packing is not False, copied=copied or 0.0,
         optim=setup.config.optim,
     )  # fmt: skip
+    forecast = _Forecast(model, setup.model_config, demand)
     limit = setup.config.memory_limit_mb
     if recorded := _recorded(setup):
-        return MemoryPlan(**recorded, estimate=at(**recorded, copied=copied or 0.0))
+        return MemoryPlan(recorded, forecast.at(recorded))
     room = limit if limit is not None else None if available is None else _FITS * available
     if limit is None and setup.device == "cpu" and any(isinstance(m, QuantLinear) for m in model.modules()):
-        whole = at(recompute="cheap")
+        whole = forecast.at(Economy(recompute="cheap"))
         lean = whole.total - whole.activations + _BESIDE_PACKED
         room = lean if room is None else min(room, lean)
-    resident = _least(setup, at, len(layers), room)
+    resident = _least(setup, forecast, len(layers), room)
     if limit is None or resident.estimate.total <= limit:
         return resident
     _check_streamable(setup, model, resident.estimate, copied)
-    at = partial(at, streamed=True, copied=copied or 0.0)
-    streamed = replace(_least(setup, at, len(layers), limit), streamed=True)
+    streamed = _least(setup, forecast, len(layers), limit, streamed=True)
     if streamed.estimate.total > limit:
-        raise _too_little(setup, at, streamed, micro_tokens)
+        raise _too_little(setup, forecast, streamed)
     return streamed
 
 
@@ -152,27 +155,24 @@ def streamed(setup: Setup, model: Any, *, is_streamed: bool) -> Iterator[None]:
         yield
 
 
-def _recorded(setup: Setup) -> dict[str, Any] | None:
+def _recorded(setup: Setup) -> Economy | None:
     """The decision of the run that is resumed, while nothing else is asked for."""
     config, facts = setup.config, setup.facts
-    names = ("recompute", "full_layers", "streamed")
+    names = [field.name for field in fields(Economy)]
     same = config.recompute == "auto" and facts.get("max_memory") == config.max_memory
-    return {name: facts[name] for name in names} if same and all(name in facts for name in names) else None
+    return Economy(**{name: facts[name] for name in names}) if same and all(name in facts for name in names) else None
 
 
-def _least(setup: Setup, at: At, layers: int, room: float | None) -> MemoryPlan:
+def _least(setup: Setup, forecast: _Forecast, layers: int, room: float | None, *, streamed: bool = False) -> MemoryPlan:
     """As few layers again as fit into ``room``; where none do, all but the last, which costs nothing to keep."""
     asked = setup.config.recompute
     if asked != "auto":
-        return MemoryPlan(asked, 0, False, at(recompute=asked))
-    plans = [partial(at, recompute="cheap", full_layers=count) for count in range(max(1, layers))]
-    first = bisect_left(plans, True, key=lambda plan: room is None or plan().total <= room)
-    count = min(first, len(plans) - 1)
-    return MemoryPlan("cheap", count, False, plans[count]())
-
-
-def _how(plan: MemoryPlan) -> dict[str, Any]:
-    return {"recompute": plan.recompute, "full_layers": plan.full_layers}
+        economy = Economy(recompute=asked, streamed=streamed)
+        return MemoryPlan(economy, forecast.at(economy))
+    ways = [Economy(recompute="cheap", full_layers=count, streamed=streamed) for count in range(max(1, layers))]
+    first = bisect_left(ways, True, key=lambda way: room is None or forecast.at(way).total <= room)
+    economy = ways[min(first, len(ways) - 1)]
+    return MemoryPlan(economy, forecast.at(economy))
 
 
 def _check_streamable(setup: Setup, model: Any, resident: Estimate, copied: float | None) -> None:
@@ -230,16 +230,19 @@ def _packed_name(setup: Setup) -> str:
     return f"{Path(setup.config.model).name}-{kind}"
 
 
-def _too_little(setup: Setup, at: At, plan: MemoryPlan, micro_tokens: int) -> ModelError:
+def _too_little(setup: Setup, forecast: _Forecast, plan: MemoryPlan) -> ModelError:
     """What a streamed run takes at least, and which setting would bring it under the limit."""
     config, least, limit = setup.config, plan.estimate, cast(float, setup.config.memory_limit_mb)
     longest = int(setup.prepared.train.lengths.max())
-    again = {"recompute": "cheap", "full_layers": text_shape(setup.model_config)["layers"] - 1}
+    again = replace(plan.economy, recompute="cheap", full_layers=text_shape(setup.model_config)["layers"] - 1)
+    micro_tokens = forecast.demand.micro_tokens
     counts = range(_TOKENS, micro_tokens, _TOKENS)
-    fitting = bisect_left(counts, True, key=lambda tokens: at(micro_tokens=tokens, **_how(plan)).total > limit)
+    fitting = bisect_left(
+        counts, True, key=lambda tokens: forecast.with_micro_tokens(tokens).at(plan.economy).total > limit
+    )
     tokens = counts[fitting - 1] if fitting else 0
     ways = []
-    if config.recompute != "auto" and at(**again).total <= limit:
+    if config.recompute != "auto" and forecast.at(again).total <= limit:
         ways.append("--recompute auto")
     if tokens >= longest:
         ways.append(f"--micro-tokens {tokens}")

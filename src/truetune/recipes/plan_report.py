@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 from truetune.adapters.partial import at_once
@@ -14,7 +15,7 @@ from truetune.config.other_methods import Lisa
 from truetune.config.quant import QuantRecipe
 from truetune.data.pack import group
 from truetune.data.plan import StepPlan
-from truetune.errors import ModelError, NonFiniteError
+from truetune.errors import ModelError, NonFiniteError, counted
 from truetune.models import load
 from truetune.models.layers import decoder_layers
 from truetune.models.precision import name_of
@@ -44,6 +45,8 @@ def outline(setup: Setup, screen: Screen) -> dict[str, Any]:
     base, _ = count_parameters(model)
     if recipe := stored_as(setup):
         load.plan_quantised(model, recipe, dtype=setup.precision.storage)
+        if config.dry_run and (remark := load.stacks_remark(model)):  # else it is said when the model is loaded
+            screen.warn(remark)
     copied = copied_mb(setup, model) if config.max_memory else None
     sites = put_on(setup, model)
     with at_once(model, config.method_settings(), seed=config.seed):
@@ -69,11 +72,11 @@ def _planned(
     )
     estimate = memory.estimate
     seconds = _seconds(setup, plan, everything, share)
-    begun = f" from {setup.start.folder}" if setup.start else ""
+    begun = f" from {setup.start.folder}" if setup.start else f" on top of {setup.on.folder}" if setup.on else ""
     screen.say(
         "plan",
-        f"{plan.steps} steps of {config.batch_size} examples{begun} · about {_duration(seconds)} · "
-        f"peak {estimate.total / 1e3:.1f} GB" + _of(config.max_memory, available),
+        f"{counted(plan.steps, 'step')} of {counted(config.batch_size, 'example')}{begun} · "
+        f"about {_duration(seconds)} · peak {estimate.total / 1e3:.1f} GB" + _of(config.max_memory, available),
     )
     if available is not None and estimate.total > available:
         screen.warn("this may not fit in memory: lower --micro-tokens or --max-length, or take a smaller model")
@@ -86,7 +89,7 @@ def _planned(
         "rows": {name: prepared.report[name] for name in ("read", "used", "rejected")},
         "parameters": base,
         "trainable_parameters": trained,
-        **memory.facts(),
+        **asdict(memory.economy),
         "memory_mb": {"weights": round(estimate.weights), "trained": round(estimate.trained),
                       "activations": round(estimate.activations), "peak": round(estimate.total)},
         "seconds": round(seconds, 1),
@@ -101,12 +104,13 @@ def _of(limit: str | None, available: float | None) -> str:
 
 
 def _say_memory(memory: MemoryPlan, screen: Screen, *, layers: int) -> None:
-    if memory.full_layers:
+    economy = memory.economy
+    if economy.full_layers:
         screen.note(
-            f"{memory.full_layers} of {layers} layers are computed again in the backward: keeping their parts would "
-            "not fit in memory"
+            f"{economy.full_layers} of {counted(layers, 'layer')} {'is' if economy.full_layers == 1 else 'are'} "
+            "computed again in the backward: keeping their parts would not fit in memory"
         )
-    if memory.streamed:
+    if economy.streamed:
         screen.note("base streamed from disk, 2 layers in memory at a time")
 
 
@@ -176,17 +180,18 @@ def explain_non_finite(error: NonFiniteStepError, setup: Setup) -> NonFiniteErro
 def describe_method(config: AdapterConfig, sites: int | None = None) -> str:
     """The settings that matter most, in a few words."""
     own = {name: getattr(config, name) for name in ("rank", "alpha", "virtual_tokens") if hasattr(config, name)}
-    words = {"rank": "r {}", "alpha": "alpha {:g}", "virtual_tokens": "{} virtual tokens"}
+    words = {"rank": "r {}", "alpha": "alpha {:g}", "virtual_tokens": "{} virtual token"}
     facts = ", ".join(words[name].format(value) for name, value in own.items())
     if isinstance(config, Lisa):
         return (
-            f"{config.lisa_layers} layers at a time beside embeddings and head, drawn every {config.lisa_every} steps"
+            f"{counted(config.lisa_layers, 'layer')} at a time beside embeddings and head, drawn every "
+            f"{counted(config.lisa_every, 'step')}"
         )
     if hasattr(config, "virtual_tokens"):
         return facts  # on how many layers they are kept says nothing
     if METHODS[config.kind].result == "model":
         return "weights of the base"
-    return " ".join(filter(None, (facts, f"on {sites} layers" if sites else "")))
+    return " ".join(filter(None, (facts, f"on {counted(sites, 'layer')}" if sites else "")))
 
 
 def stored_as(setup: Setup) -> QuantRecipe | None:
@@ -202,14 +207,14 @@ def _say_data(setup: Setup, screen: Screen) -> None:
     listed = "" if setup.config.dry_run else f" → {setup.folder.path}/data/rejects.jsonl"
     screen.say(
         "data",
-        f"{files}  {report['read']:,} rows · {report['used']:,} used"
+        f"{files}  {counted(report['read'], 'row')} · {report['used']:,} used"
         + (f" · {rejected} left out: {why}{listed}" if rejected else ""),
     )
     held = report["held_out"]
     share = report["trained_tokens"] / max(1, report["tokens"])
     screen.note(
-        f"{report['tokens']:,} tokens · {share:.0%} trained · longest {report['max_length_seen']:,}"
-        + (f" · {held['rows']:,} rows held out" if held else "")
+        f"{counted(report['tokens'], 'token')} · {share:.0%} trained · longest {report['max_length_seen']:,}"
+        + (f" · {counted(held['rows'], 'row')} held out" if held else "")
         + (" (tokens from the cache)" if setup.prepared.cached else "")
     )
     if template := setup.prepared.template:

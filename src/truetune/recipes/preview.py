@@ -21,7 +21,7 @@ from truetune.config.sft import SFTConfig
 from truetune.data.pack import group
 from truetune.data.plan import StepPlan
 from truetune.data.statistics import fill_rate, token_facts
-from truetune.errors import ConfigError, DataError, OutputError
+from truetune.errors import ConfigError, DataError, OutputError, counted
 from truetune.models import load
 from truetune.models.tokenizer import ChatTokenizer
 from truetune.recipes import new_tokens, plan_report
@@ -212,7 +212,7 @@ def _write_page(path: Path, config: PreviewConfig, gallery: Gallery, facts: dict
     text = page(title, facts, rows, total=len(gallery))
     with _writing(str(path)):
         write_text(path, text)
-    screen.say("page", f"{path}  {len(rows):,} of {len(gallery):,} rows · {len(text.encode()) / 1e3:,.0f} KB")
+    screen.say("page", f"{path}  {len(rows):,} of {counted(len(gallery), 'row')} · {len(text.encode()) / 1e3:,.0f} KB")
 
 
 def _as_json(row: Shown) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from truetune.config.quantize import QuantizeConfig
 from truetune.config.resolve import Resolved
+from truetune.errors import counted
 from truetune.export.quantize import quantize_checkpoint
 from truetune.models import load
 from truetune.models.precision import name_of
@@ -27,6 +28,8 @@ def run(resolved: Resolved[QuantizeConfig]) -> dict[str, Any]:
     dtype = load.storage_dtype(config.dtype, model_config)
     model = load.skeleton(model_config, dtype=dtype)
     screen.say("model", f"{config.path} → {recipe}, the rest in {name_of(dtype)}")
+    if remark := load.stacks_remark(model):
+        screen.warn(remark)
     with screen.bar("writing") as progress:
         report = quantize_checkpoint(
             base,
@@ -39,8 +42,9 @@ def run(resolved: Resolved[QuantizeConfig]) -> dict[str, Any]:
         )
     screen.say(
         "done",
-        f"{config.out}: {report.bytes_before / 1e6:,.0f} → {report.nbytes / 1e6:,.0f} MB · {report.packed} weights "
-        f"packed, {report.dense} as they were · {time.perf_counter() - began:.0f} s · peak {peak_mb():,.0f} MB",
+        f"{config.out}: {report.bytes_before / 1e6:,.0f} → {report.nbytes / 1e6:,.0f} MB · "
+        f"{counted(report.packed, 'weight')} packed, {report.dense} as they were · "
+        f"{time.perf_counter() - began:.0f} s · peak {peak_mb():,.0f} MB",
     )
     screen.note(f"packing changed the weights by {report.relative_error:.1%} of their norm")
     return {

@@ -15,6 +15,7 @@ from truetune.checkpoint.atomic import atomic_folder, sha256, write_text
 from truetune.checkpoint.run_state import Progress, read_progress, write_trained
 from truetune.data.sources import find_files
 from truetune.data.template import with_default_system
+from truetune.errors import counted
 from truetune.eval.perplexity import Evaluation
 from truetune.models import load
 from truetune.recipes import run_report, verify_reference
@@ -52,7 +53,7 @@ def finish(
         else ""
     )
     loss = f" · loss {losses['train'][-1][1]:.4f}" if losses["train"] else ""
-    screen.say("done", f"{progress.step} steps in {seconds:.0f} s{loss}{held}")
+    screen.say("done", f"{counted(progress.step, 'step')} in {seconds:.0f} s{loss}{held}")
     if progress.best_step not in (None, progress.step) and setup.config.select == "last":
         screen.note(f"step {progress.best_step} had the lowest held-out loss; it is kept in {out}/checkpoints")
     screen.note(f"result: {where} · report: {out}/report.md")

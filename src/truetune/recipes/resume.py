@@ -32,10 +32,12 @@ _FREE = {
     "device",
     "recompute",
     "max_memory",
+    "verify",
+    "verify_prompts",
 }
 
 _WORDS = {"tokens": "new tokens", "data": "data", "held_out": "held-out data", "base": "base model's weights",
-          "start": "adapter that it goes on from"}  # fmt: skip
+          "start": "adapter that it goes on from", "on": "adapter that stays beneath"}  # fmt: skip
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -58,10 +60,12 @@ def check_settings(path: Path, config: TrainConfig) -> None:
     """Compare a config with ``run.yaml``: a resumed run with other settings would not be the run that was started."""
     before = read_settings(path)
     now = yaml.safe_load(yaml.safe_dump(json.loads(config.model_dump_json())))
+    # A setting that is younger than the run was not there to be asked for: its default is what the run did.
+    young = {key for key, info in type(config).model_fields.items() if getattr(config, key) == info.default} - {*before}
     changed = [
         f"--{key.replace('_', '-')}: {before.get(key)!r}, now {value!r}"
         for key, value in now.items()
-        if key not in _FREE and before.get(key) != value
+        if key not in _FREE | young and before.get(key) != value
     ]
     if changed:
         raise CheckpointError(

@@ -128,11 +128,16 @@ def _check_writable(path: Path) -> None:
     parent = existing(path)
     if not parent.is_dir():
         raise OutputError(f"--out: {parent} is a file, not a folder", ("way out", "choose another --out"))
-    with writing(path):
-        # Asking for permission is not enough on read-only and network disks: try it.
-        probe = parent / f".truetune-probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+    # Asking for permission is not enough on read-only and network disks: try it.
+    probe = parent / f".truetune-probe-{os.getpid()}"
+    try:
+        with writing(path):
+            probe.touch()
+            probe.unlink()
+    except OSError as error:  # each kind of disk has refusals of its own
+        raise OutputError(
+            f"--out: nothing can be written in {parent}: {error.strerror}", ("way out", "choose another --out")
+        ) from None
 
 
 def _free_name(path: Path) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from truetune.checkpoint.atomic import writing
 from truetune.config.methods import METHODS
+from truetune.errors import counted
 from truetune.recipes.plan_report import describe_method
 from truetune.recipes.setup import Setup
 
@@ -23,11 +24,12 @@ def report(setup: Setup, card: dict[str, Any], losses: dict[str, list[tuple[int,
         f"- base: `{config.model}`"
         + (f", weights {card['base']['weights_sha256'][:12]}" if card["base"]["weights_sha256"] else ""),
         f"- method: {config.method}, {describe_method(config.method_settings())}",
-        f"- data: {', '.join(config.data)}; {data['read']:,} rows read, {data['used']:,} used, rejected: {rejected}",
+        f"- data: {', '.join(config.data)}; {counted(data['read'], 'row')} read, {data['used']:,} used, "
+        f"rejected: {rejected}",
         f"- repeats: {_repeats(data)}",
         f"- tokens: {data['tokens']:,} in the data, {data['trained_tokens']:,} of them trained",
         f"- template: {card['template']['name'] if card['template'] else 'none (plain text)'}",
-        f"- steps: {metrics['steps']:,}; {metrics['tokens']:,} tokens seen, padding not counted",
+        f"- steps: {metrics['steps']:,}; {counted(metrics['tokens'], 'token')} seen, padding not counted",
         "",
         "| | before | after |",
         "|---|---|---|",
@@ -69,14 +71,16 @@ def _again(card: dict[str, Any], command: str, out: Path) -> list[str]:
 def _repeats(data: dict[str, Any]) -> str:
     """What the rows repeat, and what of the held-out rows is trained on; with the rows that were cut."""
     found, cut = data["repeats"], data["truncated"]
-    words = f"{found['exact']:,} rows to the letter, {found['near']:,} nearly"
+    words = f"{counted(found['exact'], 'row')} to the letter, {found['near']:,} nearly"
     if data["held_out"]:
-        words += f"; of the held-out rows {found['leaked']:,} are trained on, {found['near_leaked']:,} nearly"
+        words += f"; of the held-out rows {counted(found['leaked'], 'is', 'are')} trained on"
+        words += f", {found['near_leaked']:,} nearly"
     if cut["rows"]:
-        words += f"; {cut['rows']:,} rows were cut by {cut['tokens']:,} tokens"
+        words += f"; {counted(cut['rows'], 'row was', 'rows were')} cut by {counted(cut['tokens'], 'token')}"
         words += f", {cut['without_stop']:,} of them within an answer"
     if data["dropped"]:
-        words += "; dropped, as asked: " + ", ".join(f"{name} from {n:,} rows" for name, n in data["dropped"].items())
+        dropped = [f"{name} from {counted(n, 'row')}" for name, n in data["dropped"].items()]
+        words += f"; dropped, as asked: {', '.join(dropped)}"
     return words
 
 

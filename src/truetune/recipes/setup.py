@@ -24,7 +24,7 @@ class Setup:
 
     ``facts`` are those that a resumed run must find again; the ones that need the loaded model (packing, tokens per
     micro-batch) are added when it is there. ``new`` are tokens that the base does not have, ``token_rows`` the ids
-    whose rows are trained. ``start`` is the adapter that the run goes on from.
+    whose rows are trained. ``start`` is the adapter that the run goes on from, ``on`` one that stays frozen beneath.
     """
 
     config: TrainConfig
@@ -38,6 +38,7 @@ class Setup:
     new: NewTokens | None = None
     token_rows: tuple[int, ...] = ()
     start: AdapterFile | None = None
+    on: AdapterFile | None = None
 
     @property
     def adapter(self) -> AdapterConfig:

@@ -15,7 +15,7 @@ from truetune.data.length import truncation
 from truetune.data.policy import Policies, drops
 from truetune.data.read import read_rows
 from truetune.data.schema import Reject, Row, TokenSet
-from truetune.data.sources import mixed_parts, passed_over
+from truetune.data.sources import mixed_parts, named_twice, passed_over
 from truetune.data.split import split
 from truetune.data.token_files import Tokenised
 from truetune.errors import DataError, counted
@@ -84,10 +84,14 @@ def _parted(config: TrainConfig, form: str, screen: Told) -> tuple[Source, Sourc
 
 
 def say_passed_over(config: TrainConfig, screen: Told) -> None:
-    """Name the files of a folder that are no data, and what is dropped from rows."""
+    """Name the files of a folder that are no data, those that are read twice, and what is dropped from rows."""
     if others := passed_over([*config.data, *config.val_data]):
         some = f"{len(others):,} files are not data and are" if len(others) > 1 else "1 file is not data and is"
         screen.warn(f"{some} not read: {', '.join(others[:5])}{', …' if len(others) > 5 else ''}")
+    if twice := named_twice(config.data):
+        some = f"{len(twice):,} files are named" if len(twice) > 1 else "1 file is named"
+        shown = f"{', '.join(twice[:5])}{', …' if len(twice) > 5 else ''}"
+        screen.warn(f"{some} more than once in --data, and read as often: {shown}; FILE=2 would ask for that")
     for line in mixed_parts(config.data):
         screen.warn(f"{line}; name the files that are meant, and those with held-out rows as --val-data")
     if dropped := [name.replace("_", " ") for name in policies(config).dropping()]:

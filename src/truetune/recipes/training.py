@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,20 +16,22 @@ from truetune.checkpoint import run_state
 from truetune.checkpoint.run_state import Progress
 from truetune.config.resolve import Resolved
 from truetune.config.sft import TrainConfig
-from truetune.data.plan import StepPlan, sequential_batches
+from truetune.data.plan import StepPlan
 from truetune.data.rejects import write_rejects
-from truetune.eval.perplexity import Evaluation, evaluate
+from truetune.errors import counted
+from truetune.eval.perplexity import Evaluation
 from truetune.models import forward, load
 from truetune.models.layers import decoder_layers
 from truetune.models.precision import choose_device, choose_precision
 from truetune.models.survey import survey
 from truetune.models.tokenizer import ChatTokenizer
-from truetune.ops import dispatch
+from truetune.ops import buffers, dispatch
 from truetune.ops.allocator import keep_freed_memory, trim
 from truetune.optim import choose
 from truetune.optim.schedule import Schedule, warmup_steps
 from truetune.recipes import continued, memory_plan, new_tokens, plan_report, result, resume
 from truetune.recipes.data import Prepared
+from truetune.recipes.held_out import HeldOut
 from truetune.recipes.method_hooks import method_hooks
 from truetune.recipes.run_folder import locked, open_run, start, write_json
 from truetune.recipes.setup import Setup
@@ -76,6 +77,8 @@ def run_training(resolved: Resolved[Any], prepare: Prepare, *, screen: Screen | 
         plan, way = _plan(setup, model, outline, screen)
         with forward.prepared(way, recompute=outline["recompute"], full_layers=outline["full_layers"]):
             progress, evaluation = _train(setup, way, plan, screen)
+        buffers.release()  # or the libraries that draw the losses would come on top of a step's activations
+        trim()
         return result.finish(setup, model, progress, evaluation, screen=screen, seconds=time.perf_counter() - began)
 
 
@@ -92,7 +95,7 @@ def _set_up(resolved: Resolved[Any], prepare: Prepare, screen: Screen, begun: co
     if begun:
         begun.check(model_config, screen)
         tokenizer, admitted = begun.admitted(tokenizer, screen)
-    else:
+    if begun is None or begun.stays:
         admitted = new_tokens.admit(config, tokenizer, model_config, screen)
     virtual = getattr(config.method_settings(), "virtual_tokens", 0)
     max_length = load.usable_length(model_config, config.max_length, virtual=virtual)
@@ -115,13 +118,14 @@ def _set_up(resolved: Resolved[Any], prepare: Prepare, screen: Screen, begun: co
         "date": prepared.date,
         "base": _base_identity(config.model, model_config),
         "tokens": admitted.new and admitted.new.card(),
-        **({"start": begun.identity} if begun else {}),
+        **({"on" if begun.stays else "start": begun.identity} if begun else {}),
         "compute": str(precision.autocast or precision.storage).removeprefix("torch."),
         "environment": resume.environment(),
     }
     resume.check_facts(facts, now, screen)
     return Setup(config, folder, tokenizer, model_config, prepared, precision, device, facts | now,
-                 admitted.new, admitted.rows, begun.file if begun else None)  # fmt: skip
+                 admitted.new, admitted.rows, start=begun.file if begun and not begun.stays else None,
+                 on=begun.file if begun and begun.stays else None)  # fmt: skip
 
 
 def _trains_parts(config: TrainConfig, begun: continued.Begun | None) -> bool:
@@ -150,7 +154,7 @@ def _plan(setup: Setup, model: Any, outline: dict[str, Any], screen: Screen) -> 
             screen.note("rows are padded: this model does not keep packed rows apart")
         packing = found.packs
     fused = len(found.fusable) if packing else 0
-    screen.note(f"kernels: {dispatch.describe()} · {fused} of {len(decoder_layers(model))} layers fused")
+    screen.note(f"kernels: {dispatch.describe()} · {fused} of {counted(len(decoder_layers(model)), 'layer')} fused")
     micro = facts.get("micro_tokens") or config.micro_tokens or plan_report.default_micro_tokens(setup)
     setup.facts.update(packing=packing, micro_tokens=micro, max_memory=config.max_memory)
     setup.facts.update({name: outline[name] for name in ("recompute", "full_layers", "streamed")})
@@ -162,44 +166,30 @@ def _plan(setup: Setup, model: Any, outline: dict[str, Any], screen: Screen) -> 
 
 
 def _train(setup: Setup, way: forward.Path, plan: StepPlan, screen: Screen) -> tuple[Progress, Evaluation | None]:
-    config, prepared, model = setup.config, setup.prepared, way.model
-    write_json(setup.folder.path / "data" / "report.json", prepared.report | {"packing_fill": plan_report.fill(plan)})
+    config, model = setup.config, way.model
+    report = setup.prepared.report | {"packing_fill": plan_report.fill(plan)}
+    write_json(setup.folder.path / "data" / "report.json", report)
     parameters = run_state.trained_state(model)
     optimizer = choose.optimizer(
         config.optim, parameters, lr=config.peak_lr, weight_decay=config.weight_decay, steps=plan.steps,
         lora_plus_ratio=config.lora_plus_ratio,
     )  # fmt: skip
     hooks = method_hooks(model, setup.adapter, optimizer, seed=config.seed, steps=plan.steps)
-    progress = Progress(facts=setup.facts)
-    if setup.folder.checkpoint:
-        restored = resume.restore(setup.folder.path, setup.folder.checkpoint, model, optimizer, screen)
-        progress = replace(restored, facts=setup.facts)
-        screen.say("resume", f"from {setup.folder.checkpoint}, step {progress.step} of {plan.steps}")
-    autocast = functools.partial(setup.precision.context, setup.device)
-    last: list[Evaluation] = []
-
-    def held_out() -> tuple[float, int]:
-        assert prepared.held_out is not None
-        rows = prepared.held_out.behind(virtual_ids(model))
-        batches = sequential_batches(rows, plan.micro_tokens, packing=plan.packing)
-        with evaluating(model):
-            last[:] = [evaluate(way.scores, batches, autocast=autocast)]
-        return last[0].loss, last[0].tokens
-
+    progress = _begun(setup, model, optimizer, screen, steps=plan.steps)
+    held_out = HeldOut(setup, way, plan) if setup.prepared.held_out else None
     log = RunLog(setup.folder.log, screen, steps=plan.steps, start=progress.step, every=config.log_every)
-    warmup = warmup_steps(config.warmup, plan.steps)
     run = Run(
         plan=plan,
-        schedule=Schedule(config.peak_lr, plan.steps, warmup, config.schedule),
+        schedule=Schedule(config.peak_lr, plan.steps, warmup_steps(config.warmup, plan.steps), config.schedule),
         loss_of=_training_loss(config, way),
         parameters=list(parameters.values()),
         optimizer=optimizer,
-        autocast=autocast,
+        autocast=functools.partial(setup.precision.context, setup.device),
         clip=config.clip,
         seed=config.seed,
         save_every=config.save_every,
         eval_every=config.eval_every,
-        evaluate=held_out if prepared.held_out else None,
+        evaluate=held_out,
         out_of_memory=lambda tokens: _say_smaller(setup, tokens, screen),
         save=lambda p: _save(setup, model, optimizer, p),
         log=log,
@@ -211,37 +201,41 @@ def _train(setup: Setup, way: forward.Path, plan: StepPlan, screen: Screen) -> t
             progress = train(run, progress)
     except NonFiniteStepError as error:
         raise plan_report.explain_non_finite(error, setup) from None
-    if config.select == "best" and progress.best_step is not None and progress.best_step != progress.step:
-        run_state.restore(run_state.folder_of(setup.folder.path, progress.best_step), model)
-        last.clear()
-    if prepared.held_out and not last:  # the result is the best state, or there was no step left to do
-        held_out()
-    return progress, last[0] if last else None
+    changed = _select(setup, model, progress)
+    return progress, held_out.of_the_result(again=changed) if held_out else None
+
+
+def _begun(setup: Setup, model: Any, optimizer: torch.optim.Optimizer, screen: Screen, *, steps: int) -> Progress:
+    """Where the run stands: at its start, or as its checkpoint says, which then fills the model and the optimizer."""
+    if setup.folder.checkpoint is None:
+        return Progress(facts=setup.facts)
+    restored = resume.restore(setup.folder.path, setup.folder.checkpoint, model, optimizer, screen)
+    screen.say("resume", f"from {setup.folder.checkpoint}, step {restored.step} of {steps}")
+    return replace(restored, facts=setup.facts)
+
+
+def _select(setup: Setup, model: Any, progress: Progress) -> bool:
+    """Put the best state in the place of the last, if that was asked for; whether the model has changed by that."""
+    best = progress.best_step
+    if setup.config.select != "best" or best is None or best == progress.step:
+        return False
+    run_state.restore(run_state.folder_of(setup.folder.path, best), model)
+    return True
 
 
 def _training_loss(config: TrainConfig, way: forward.Path) -> Loss:
-    """The loss as it is trained; evaluations go by ``way.scores``, which no noise reaches."""
+    """The loss as it is trained; evaluations go by ``way.scores``, which neither noise nor smoothing reaches."""
+    loss = functools.partial(way.loss, smoothing=config.label_smoothing)
     alpha = config.neftune_alpha
-    return NoisyLoss(way.loss, way.model.get_input_embeddings(), alpha) if alpha else way.loss
+    return NoisyLoss(loss, way.model.get_input_embeddings(), alpha) if alpha else loss
 
 
 def _say_smaller(setup: Setup, tokens: int, screen: Screen) -> None:
     """Recorded as well, so that a resumed run cuts its steps the same way."""
     setup.facts["micro_tokens"] = tokens
-    screen.warn(f"out of memory: going on with at most {tokens:,} tokens at a time, which changes no result")
+    screen.warn(f"out of memory: going on with at most {counted(tokens, 'token')} at a time, which changes no result")
 
 
 def _save(setup: Setup, model: Any, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
     base = setup.config.model
     run_state.save(setup.folder.path, model, optimizer, progress, base=base, keep=setup.config.keep)
-
-
-@contextlib.contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """Dropout off inside, as it was outside."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

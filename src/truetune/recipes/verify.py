@@ -8,44 +8,35 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from truetune.checkpoint.disk import writing
-from truetune.config.generate import GenerateConfig
 from truetune.config.resolve import Resolved, resolve
 from truetune.config.sft import TrainConfig
 from truetune.config.verify import PEERS, VerifyConfig
-from truetune.errors import ModelError, TruetuneError
+from truetune.errors import AdapterError, ModelError, TruetuneError, counted
 from truetune.eval.agreement import pooled
 from truetune.eval.limits import Measured, judge
-from truetune.export.onto import recipe_of
-from truetune.models import load, plain
 from truetune.models.precision import name_of
-from truetune.models.tokenizer import ChatTokenizer
-from truetune.recipes import verify_reference, verify_report
+from truetune.recipes import verify_peers, verify_reference, verify_report
 from truetune.recipes.artefacts import read_recorded
-from truetune.recipes.generate import load_speaker
 from truetune.recipes.run_folder import write_json
+from truetune.recipes.verify_adapter import is_adapter, load_trained, open_adapter
 from truetune.recipes.verify_compare import Finding, Trained, failed, hold_against
+from truetune.recipes.verify_gguf import is_gguf, open_gguf
+from truetune.recipes.verify_peers import Opener
 from truetune.recipes.verify_reference import Reference, Sample
 from truetune.recipes.verify_server import Server
-from truetune.recipes.verify_subjects import (
-    Folder,
-    Loaded,
-    Opening,
-    Subject,
-    find,
-    is_model,
-    open_by_transformers,
-)
+from truetune.recipes.verify_subjects import MODELS, Folder, Loaded, Opening, find
 from truetune.recipes.verify_target import Target, find_target
 from truetune.train.log import Screen
 
 RESULT = "verify.json"
+KINDS = {**MODELS, "gguf": (is_gguf, open_gguf), "adapter": (is_adapter, open_adapter)}
 _TOKEN = "TRUETUNE_API_KEY"
 
 
@@ -77,13 +68,14 @@ def prove(config: VerifyConfig, screen: Screen) -> Proof:
     """Compare, and keep ``verify.json``; prints no table."""
     target = find_target(config)
     reference = verify_reference.read(target.reference)
-    artefacts = [find(name) for name in _names(config, target)]
+    artefacts = [find(name, KINDS) for name in _names(config, target)]
+    verify_peers.check(config, artefacts)
     samples = _chosen(reference, config.prompts)
     compute = config.dtype if config.dtype != "auto" else reference.compute
     screen.say("verify", f"{target.result} on {_count(samples)}, in {compute}")
     with Trained(reference, samples, name_of(getattr(torch, compute))) as trained:
         findings = [_live(trained, target, config, compute, screen)]
-        for name, loader, opener in _subjects(config, target, artefacts, compute):
+        for name, loader, opener in _subjects(config, target, artefacts, samples, compute):
             screen.note(f"{name}, by {loader}")
             findings.append(_held_against(trained, name, loader, opener, longest=config.max_new_tokens))
             gc.collect()
@@ -128,7 +120,7 @@ def _sentence(code: int, count: int) -> str:
 
 def _count(samples: Sequence[Sample]) -> str:
     train = sum(sample.part == "train" for sample in samples)
-    return f"{train} prompts of the training rows and {len(samples) - train} of the held-out ones"
+    return f"{counted(train, 'prompt')} of the training rows and {len(samples) - train} of the held-out ones"
 
 
 def _names(config: VerifyConfig, target: Target) -> list[str]:
@@ -152,60 +144,34 @@ def _live(trained: Trained, target: Target, config: VerifyConfig, compute: str, 
 
 
 def _trained_model(target: Target, config: VerifyConfig, compute: str, screen: Screen) -> Loaded:
-    recipe = recipe_of(target.file.card) if target.file else None
-    packed = {"quant": recipe.kind, "double_quant": recipe.double, "quant_skip": recipe.skip} if recipe else {}
-    if recipe and recipe.of_checkpoint:
-        packed = {}
-    flags = {
-        "model": target.base, "revision": config.revision, "dtype": compute, "device": config.device, "prompt": "",
-        "allow_mismatch": sorted(config.allowed) if target.file else [],
-        **({"adapter": str(target.result)} if target.file else {}), **packed,
-    }  # fmt: skip
-    speaker = load_speaker(resolve(GenerateConfig, file=None, flags=flags).config, screen)
-    return Loaded(
-        str(target.result), "truetune", name_of(getattr(torch, compute)), speaker.model, speaker.tokenizer,
-        stops=speaker.stop_ids,
-    )  # fmt: skip
-
-
-Opener = Callable[[], Subject]
+    opening = Opening(target.result, config.dtype, config.device, target, compute, config.revision)
+    speaker = load_trained(target.base, target.file, opening, screen, allowed=config.allowed)
+    kind = name_of(getattr(torch, compute))
+    return Loaded(str(target.result), "truetune", kind, speaker.model, speaker.tokenizer, stops=speaker.stop_ids)
 
 
 def _subjects(
-    config: VerifyConfig, target: Target, artefacts: Sequence[Folder], compute: str
+    config: VerifyConfig, target: Target, artefacts: Sequence[Folder], samples: Sequence[Sample], compute: str
 ) -> Iterator[tuple[str, str, Opener]]:
     """``(name, loader, how to open it)`` of everything that is to be compared."""
     device = "cuda" if config.device == "cuda" else "cpu"
     for artefact in artefacts:
-        opening = Opening(artefact.path, config.dtype, device)
+        opening = Opening(artefact.path, config.dtype, device, target, compute, config.revision)
         yield artefact.name, artefact.loader, lambda a=artefact, o=opening: a.open(o)  # type: ignore[misc]
-        if "transformers" in config.peers and is_model(artefact.path):
-            yield artefact.name, "transformers", lambda o=opening: open_by_transformers(o)  # type: ignore[misc]
+        for loader, opener in verify_peers.of_artefact(config, artefact, opening, samples):
+            yield artefact.name, loader, opener
     if "peft" in config.peers:
-        yield str(target.result), "peft", lambda: _by_peft(target, config, compute, device)
+        yield str(target.result), "peft", lambda: verify_peers.by_peft(target, config, compute, device)
     if config.url:
         url, kind = config.url, name_of(getattr(torch, compute))
         token = os.environ.get(_TOKEN)
         yield url, "http", lambda: Server(url, model=config.served_model, kind=kind, token=token)
 
 
-def _by_peft(target: Target, config: VerifyConfig, compute: str, device: str) -> Loaded:
-    if target.file is None:
-        raise ModelError("--against peft: this run left a whole model, and PEFT loads adapters")
-    if recipe_of(target.file.card):
-        raise ModelError("--against peft: the base was packed while it was trained, which is not compared this way")
-    base = load.local_copy(target.base, revision=config.revision)
-    dtype = getattr(torch, compute)
-    model = plain.load_by_peft(base, target.result, dtype=dtype, device=device)
-    tokenizer = ChatTokenizer.load(target.base, revision=config.revision)
-    stops = tokenizer.stop_ids | frozenset(target.file.card.get("stop_ids", ()))
-    return Loaded(str(target.result), "peft", name_of(dtype), model, tokenizer, stops=stops, words=False)
-
-
 def _held_against(trained: Trained, name: str, loader: str, opener: Opener, *, longest: int) -> Finding:
     try:
         return hold_against(trained, opener(), longest=longest)
-    except ModelError as error:
+    except (AdapterError, ModelError) as error:
         if loader in ("truetune", "transformers"):
             return failed(name, loader, error)
         return _untold(name, loader, error)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from torch import Tensor
 from truetune.adapters.inject import attachment, detach
 from truetune.adapters.virtual import virtual_ids
 from truetune.errors import TruetuneError
-from truetune.eval.agreement import Agreement, agreement, loss_sum, pooled, recorded_agreement
-from truetune.eval.limits import Measured, Verdict, coarser, judge
+from truetune.eval.agreement import Agreement, agreement, loss_sum, pooled, recorded_agreement, top_log_probabilities
+from truetune.eval.limits import LIMITS, Measured, Verdict, coarser, judge
 from truetune.models import load
 from truetune.recipes.verify_reference import Reference, Sample
 from truetune.recipes.verify_subjects import Answer, Loaded, Subject, prompt_agrees
@@ -29,6 +30,7 @@ class Finding:
         prompts, answers: (same, compared).
         stopped: (answers of the artefact that a stop token ended, those of the trained model).
         held_out_loss: of the artefact and of the trained model, nats per token.
+        ties: of each answer that differs, how far its choice is behind where the two part, in nats.
         effect_share: the artefact's mean KL as a share of what training changed.
         example: the first prompt or answer that differs, for ``verify.json``.
     """
@@ -46,6 +48,7 @@ class Finding:
     effect_share: float | None = None
     example: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    ties: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -76,6 +79,7 @@ class Trained:
     def __init__(self, reference: Reference, samples: Sequence[Sample], kind: str) -> None:
         self.reference, self.samples, self.kind = reference, list(samples), kind
         self.answers: list[Answer] = []
+        self._likely: list[tuple[Tensor, Tensor]] = []
         self.effect: Agreement | None = None
         self.loss: float | None = None
         self.askable: list[Sample] = []
@@ -105,6 +109,7 @@ class Trained:
         taken = len(virtual_ids(live.model)) + longest
         self.askable = [s for s in self.samples if room is None or len(s.prompt) + taken <= room]
         self.answers = live.answers(self.askable, longest) if self.askable else []
+        self._likely = [_likeliest(live, s, a) for s, a in zip(self.askable, self.answers, strict=True)]
         attached = attachment(live.model)
         # Off the base again it is the base, unless it trained or grew parts of that.
         if attached and attached.grew_from is None and not (attached.full_modules or attached.config.trainable):
@@ -119,12 +124,37 @@ class Trained:
         flat = torch.from_file(str(self._file(number)), size=rows * columns, dtype=torch.float32)
         return flat.view(rows, columns)
 
+    def gap(self, number: int, other: Answer) -> float:
+        """How far another answer's choice is behind where it parts from the trained model's, in nats.
+
+        Infinite where it is none of the likeliest, or where only the text of the answer is known.
+        """
+        own = self.answers[number].ids or ()
+        at = next((i for i, (one, two) in enumerate(zip(own, other.ids or (), strict=False)) if one != two), None)
+        if at is None:
+            return math.inf
+        ids, values = (tensor[at].tolist() for tensor in self._likely[number])
+        found = dict(zip(ids, values, strict=True)).get((other.ids or ())[at], -math.inf)
+        return float(values[0] - found)
+
     def _keep(self, number: int, scores: Tensor) -> None:
         self._shapes.append((scores.shape[0], scores.shape[1]))
         scores.contiguous().numpy().tofile(self._file(number))
 
     def _file(self, number: int) -> Path:
         return Path(self._folder.name) / f"{number}.f32"
+
+
+def _likeliest(live: Loaded, sample: Sample, answer: Answer) -> tuple[Tensor, Tensor]:
+    """At each token of an answer, the likeliest ids and their log-probabilities, both [n, k]."""
+    ids = answer.ids or ()
+    tokens = (*sample.prompt, *ids)
+    places = tuple(range(sample.prompt_tokens, len(tokens)))
+    scores = live.logits(replace(sample, tokens=tokens, positions=places)) if places else torch.zeros(0, _LIKELIEST)
+    return top_log_probabilities(scores, _LIKELIEST)
+
+
+_LIKELIEST = 256
 
 
 def against_record(scores: Tensor, sample: Sample) -> Agreement:
@@ -147,8 +177,12 @@ def hold_against(trained: Trained, subject: Subject, *, longest: int) -> Finding
         prompts=finding.prompts,
         answers=finding.answers,
         lost_stops=subject.lost_stops(trained.reference),
+        faults=subject.faults,
+        ties=finding.ties,
     )
     finding.verdict, finding.reasons = judge(measured, kind)
+    if near := sum(gap <= LIMITS[kind].tie for gap in finding.ties):
+        finding.notes.append(f"{near} of the answers part where two tokens are about equally likely")
     return finding
 
 
@@ -191,6 +225,7 @@ def _compare_answers(trained: Trained, subject: Subject, finding: Finding, longe
     same = [_same(one, other) for one, other in zip(answers, trained.answers, strict=True)]
     finding.answers = sum(same), len(same)
     finding.stopped = sum(a.stopped for a in answers), sum(a.stopped for a in trained.answers)
+    finding.ties = [trained.gap(i, answers[i]) for i, alike in enumerate(same) if not alike]
     if not all(same):
         i = same.index(False)
         finding.example["answer"] = {

@@ -44,7 +44,7 @@ def facts(findings: Sequence[Finding], *, run: str, base: str, compute: str, cod
 def _plain(value: Any) -> Any:
     """Without what JSON has no number for."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _plain(item) for key, item in value.items() if key != "gaps"}  # one for each position
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, float) and value in (float("inf"), float("-inf")) else value

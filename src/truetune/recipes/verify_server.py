@@ -34,6 +34,7 @@ class Server:
     """
 
     loader = "http"
+    faults = ()
 
     def __init__(self, url: str, *, model: str | None, kind: str, token: str | None = None) -> None:
         bare = url.rstrip("/")
@@ -42,8 +43,10 @@ class Server:
         self._root = bare if bare.endswith("/v1") else f"{bare}/v1"
         self._token = token
         self.name, self.kind = url, kind
-        self.model = model or self._first_model()
-        self.notes: list[str] = [f"asked for the model '{self.model}'"]
+        listed = [] if model else self._models()
+        self.model = model or listed[0]
+        others = f"; it lists {', '.join(listed)}: --served-model names another" if len(listed) > 1 else ""
+        self.notes: list[str] = [f"asked for the model '{self.model}'{others}"]
         self._told: dict[int, Mapping[str, Any]] = {}
 
     def prompt(self, sample: Sample) -> tuple[str | None, list[int] | int] | None:
@@ -85,11 +88,11 @@ class Server:
             raise ModelError(f"--url: {self.name} answers, but without an answer in it: {str(answer)[:200]}")
         return choices[0]
 
-    def _first_model(self) -> str:
+    def _models(self) -> list[str]:
         listed = self._ask("models", None).get("data")
         if not isinstance(listed, list) or not listed:
             raise ModelError(f"--url: {self.name} lists no model", ("way out", "--served-model NAME"))
-        return str(listed[0]["id"])
+        return [str(model["id"]) for model in listed]
 
     def _ask(self, route: str, body: Mapping[str, Any] | None) -> Mapping[str, Any]:
         headers = {"Content-Type": "application/json"}

@@ -1,6 +1,6 @@
 """What is held against the trained model: folders, libraries that load them, servers; each asked the same questions.
 
-A new kind of artefact is one entry in ``KINDS``: how it is told by its folder, and how it is opened.
+A new kind of artefact is one entry beside ``MODELS``: how it is told by its path, and how it is opened.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from truetune.adapters.files import CONFIG
 from truetune.config.quant import QuantRecipe
 from truetune.errors import ModelError, nearest
 from truetune.eval.limits import coarser
-from truetune.generate.answer import Sampling, answer_all
+from truetune.generate.answer import answer_all
 from truetune.models import load, plain
 from truetune.models.precision import choose_precision, name_of
 from truetune.models.tokenizer import ChatTokenizer
 from truetune.recipes.verify_reference import Reference, Sample, logits_of
+from truetune.recipes.verify_target import Target
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,10 @@ class Subject(Protocol):
     def notes(self) -> Sequence[str]:
         """What else there is to say about it."""
 
+    @property
+    def faults(self) -> Sequence[str]:
+        """What it says of itself that is not so of the trained model; each is drift."""
+
     def prompt(self, sample: Sample) -> tuple[str | None, list[int] | int] | None:
         """``(text, ids)`` of a prompt as the artefact words it by itself; or the number of ids, where it tells only
         that."""
@@ -75,7 +80,6 @@ class Loaded:
     """A model in this process, whoever loaded it.
 
     Attributes:
-        template: to word prompts by in place of the tokenizer's own; None for what ``apply_chat_template`` does.
         stops: that end an answer; None for those of the model's own generation settings.
         words: whether it brings tokenizer and template of its own; else prompts are not its affair.
     """
@@ -89,6 +93,7 @@ class Loaded:
     words: bool = True
     autocast: Callable[[], Any] | None = None
     notes: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
 
     def prompt(self, sample: Sample) -> tuple[str | None, list[int] | int] | None:
         """As a user of transformers asks for it; of bare text, its ids."""
@@ -113,7 +118,7 @@ class Loaded:
         """Ended by its own stop tokens, as its users would see it."""
         stops = plain.own_stops(self.model) if self.stops is None else self.stops
         prompts = [sample.prompt for sample in samples]
-        made = answer_all(self.model, prompts, stop_ids=stops, sampling=Sampling(longest))
+        made = answer_all(self.model, prompts, stop_ids=stops, longest=longest)
         decode = self.tokenizer.hf.decode
         return [
             Answer(decode(ids, skip_special_tokens=True), bool(ids) and ids[-1] in stops, tuple(ids)) for ids in made
@@ -127,11 +132,19 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Opening:
-    """Where, and how finely, an artefact is to be computed."""
+    """Where, and how finely, an artefact is to be computed, and what it is held against.
+
+    Attributes:
+        dtype: what was asked for, or ``auto``.
+        compute: what the trained model is computed in.
+    """
 
     path: Path
     dtype: str
     device: str
+    target: Target
+    compute: str
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -186,11 +199,12 @@ def open_by_transformers(opening: Opening) -> Loaded:
     return Loaded(path, "transformers", _kind(recipe, config, model.dtype), model, ChatTokenizer.load(path))
 
 
-KINDS: Mapping[str, tuple[Detect, Callable[[Opening], Loaded]]] = {"model": (is_model, open_model)}
-"""Kind of folder → (is it one, how to open it), in the order they are tried."""
+Kinds = Mapping[str, tuple[Detect, Callable[[Opening], Loaded]]]
+MODELS: Kinds = {"model": (is_model, open_model)}
+"""Kind of artefact → (is it one, how to open it), in the order they are tried."""
 
 
-def find(name: str) -> Folder:
+def find(name: str, kinds: Kinds = MODELS) -> Folder:
     """The artefact that a path means.
 
     Raises:
@@ -201,14 +215,12 @@ def find(name: str) -> Folder:
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         close = nearest(path.name, siblings)
         raise ModelError(f"there is no artefact {name}", ("did you mean", str(path.parent / close) if close else ""))
-    for detect, opener in KINDS.values():
+    for detect, opener in kinds.values():
         if detect(path):
             return Folder(path, opener, "truetune")
-    is_adapter = (path / CONFIG).is_file()
     raise ModelError(
         f"{name} is nothing that can be verified",
-        ("it is", "an adapter: name it in place of the run" if is_adapter else ""),
-        ("expected", "the folder of a merged or quantised model (config.json, its weights and its tokenizer)"),
+        ("expected", "a merged or quantised model's folder, with its weights and its tokenizer; a GGUF; an adapter"),
     )
 
 

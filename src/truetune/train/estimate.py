@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -44,53 +44,70 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
 
 
-def estimate_memory(
-    model: nn.Module,
-    config: Any,
-    *,
-    storage: torch.dtype,
-    micro_tokens: int,
-    trained_share: float,
-    process: float,
-    fused: bool,
-    recompute: str,
-    full_layers: int = 0,
-    streamed: bool = False,
-    copied: float = 0.0,
-    optim: str = "adamw",
-) -> Estimate:
-    """Peak memory of training ``model`` (which may be on the meta device).
+@dataclass(frozen=True, kw_only=True)
+class Demand:
+    """What a run takes to its steps, however it saves memory.
 
-    Args:
+    Attributes:
         storage: dtype of the frozen weights.
         micro_tokens: tokens of the largest micro-batch.
         trained_share: share of its tokens that carry a loss, and so need logits.
         process: MB held before a model is loaded.
         fused: the layers are computed from fused parts.
-        recompute: ``none``, ``cheap`` or ``full``.
-        full_layers: of the others the first so many are computed again whole.
-        streamed: the base stays on disk, but for two layers at a time, or its largest other tensor.
-        copied: MB of a streamed base that have to be in memory all the same.
+        copied: MB of the base that have to be in memory even where it is streamed.
         optim: name of the optimizer.
     """
+
+    storage: torch.dtype
+    micro_tokens: int
+    trained_share: float
+    process: float
+    fused: bool
+    copied: float = 0.0
+    optim: str = "adamw"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Economy:
+    """How a run saves memory.
+
+    Attributes:
+        recompute: ``none``, ``cheap`` or ``full``.
+        full_layers: of the others the first so many layers are computed again whole.
+        streamed: the base stays on disk, but for two layers at a time, or its largest other tensor.
+    """
+
+    recompute: Literal["none", "cheap", "full"]
+    full_layers: int = 0
+    streamed: bool = False
+
+
+def estimate_memory(model: nn.Module, config: Any, demand: Demand, economy: Economy) -> Estimate:
+    """Peak memory of training ``model`` (which may be on the meta device), whose config is ``config``."""
     _, trained = count_parameters(model)
-    width = storage.itemsize
-    on_cpu = not torch.cuda.is_available()
-    shape = text_shape(config)
-    layer = _kept_by_layer(shape, fused=fused, keeps_cheap=recompute == "none") * width
+    width = demand.storage.itemsize
+    weights = _in_flight(model, width) + demand.copied * 1e6 if economy.streamed else _frozen_bytes(model, width)
+    state = state_bytes(demand.optim, (p.numel() for p in model.parameters() if p.requires_grad))
+    activations = _activations(model, text_shape(config), demand, economy)
+    return Estimate(demand.process, weights / 1e6, (trained * 8 + state) / 1e6, activations)
+
+
+def _activations(model: nn.Module, shape: Mapping[str, int], demand: Demand, economy: Economy) -> float:
+    """MB that are kept for the backward of the largest micro-batch, and that its busiest moment needs beside them."""
+    width, tokens = demand.storage.itemsize, demand.micro_tokens
+    layer = _kept_by_layer(shape, fused=demand.fused, keeps_cheap=economy.recompute == "none") * width
     between = shape["hidden"] * width
-    again = shape["layers"] if recompute == "full" else min(full_layers, shape["layers"])
+    again = shape["layers"] if economy.recompute == "full" else min(economy.full_layers, shape["layers"])
     kept = again * between + max(shape["layers"] - again, min(again, 1)) * layer
     busiest = (4 * shape["inner"] + 4 * shape["hidden"]) * width
-    logits = trained_share * micro_tokens * shape["vocab"] * width / 1e6
-    activations = micro_tokens * (kept + busiest) / 1e6 + min(LOGITS_MB, 2 * logits)
-    activations += KERNELS_MB if width < 4 and on_cpu else 0.0
-    packed = [module for module in model.modules() if isinstance(module, QuantLinear)]
-    weights = _in_flight(model, width) + copied * 1e6 if streamed else _frozen_bytes(model, width)
-    if packed:  # the largest is made dense for each of its products
-        activations += max(module.in_features * module.out_features for module in packed) * width / 1e6
-    state = state_bytes(optim, (p.numel() for p in model.parameters() if p.requires_grad))
-    return Estimate(process, weights / 1e6, (trained * 8 + state) / 1e6, activations)
+    logits = demand.trained_share * tokens * shape["vocab"] * width / 1e6
+    found = tokens * (kept + busiest) / 1e6 + min(LOGITS_MB, 2 * logits)
+    if width < 4 and not torch.cuda.is_available():
+        found += KERNELS_MB
+    if packed := [module for module in model.modules() if isinstance(module, QuantLinear)]:
+        # The largest is made dense for each of its products.
+        found += max(module.in_features * module.out_features for module in packed) * width / 1e6
+    return found
 
 
 def _frozen_bytes(module: nn.Module, width: int) -> float:

@@ -18,6 +18,9 @@ from typing_extensions import Self
 
 from truetune.checkpoint.atomic import write_text, writing
 
+# Columns that a bar takes beside its words: the share done, the shortest bar, the time left, and blanks between them.
+_AROUND = 20
+
 
 class Screen:
     """Labelled lines on stderr, as plain text where it is no terminal."""
@@ -115,9 +118,18 @@ class RunLog:
         val = self._val if self.screen.console.is_terminal else ""
         text = f"step {step}/{self.steps}  loss {row['loss']:.4f}{val}  {row['tok_s']:,.0f} tok/s"
         if self._task is not None and self.screen.console.is_terminal:
-            self._bar.update(self._task, completed=step, description=f"{text}  {row['peak_mb'] / 1e3:.1f} GB")
+            said = _fitting(f"{text}  {row['peak_mb'] / 1e3:.1f} GB", self.screen.console.width - _AROUND)
+            self._bar.update(self._task, completed=step, description=said)
         elif step == self.steps or step * 10 // self.steps > (step - self.every) * 10 // self.steps:
             self.screen.note(text)
+
+
+def _fitting(text: str, room: int) -> str:
+    """As many of the figures as have room, from the front; the step and its loss in any case."""
+    figures = text.split("  ")
+    while len(figures) > 2 and len("  ".join(figures)) > room:
+        figures.pop()
+    return "  ".join(figures)
 
 
 def whole_rows(path: Path) -> list[str]:

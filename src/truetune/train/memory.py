@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import sys
 
-import torch
-
 
 def peak_mb(device: str = "cpu") -> float:
     """Peak resident memory of this process in MB (10^6 bytes); on CUDA the device's, which is what runs out there."""
     if device == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated() / 1e6
     try:  # not ru_maxrss where this exists: a process inherits its parent's mark across exec
         with open("/proc/self/status", encoding="ascii", errors="replace") as file:
@@ -42,6 +42,8 @@ def available_mb(device: str = "cpu") -> float | None:
     None where the system has no ``/proc`` to say it.
     """
     if device == "cuda":
+        import torch
+
         return torch.cuda.mem_get_info()[0] / 1e6
     try:
         with open("/proc/meminfo", encoding="ascii") as file:

@@ -219,11 +219,21 @@ def read(program: Program, said: Mapping[str, Any], *, devices: int) -> Imported
     return Imported(program.name, command, settings, tuple(lines))
 
 
+def _is(ours: Any, theirs: Any) -> bool:
+    """Whether two values are one; on a command line, and in YAML as 1e-4, numbers are texts."""
+    if ours == theirs or not isinstance(theirs, str) or isinstance(ours, bool | str):
+        return bool(ours == theirs)
+    try:
+        return bool(float(theirs) == ours)
+    except ValueError:
+        return [theirs] == list(ours) if isinstance(ours, list | tuple) else False
+
+
 def _line(key: str, value: Any, meaning: Meaning) -> Line:
     ours = ", ".join(f"{name} = {_shown(v)}" for name, v in meaning.settings.items())
     if not ours:
         return Line(key, value, "no effect" if meaning.harmless else "not taken", note=meaning.note)
-    same = list(meaning.settings.values()) == [value]
+    same = len(meaning.settings) == 1 and all(_is(one, value) for one in meaning.settings.values())
     return Line(key, value, "taken" if same and not meaning.note else "changed", ours, meaning.note)
 
 

@@ -6,7 +6,7 @@ import json
 import statistics
 import subprocess
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -64,29 +64,36 @@ class Worker(AbstractContextManager["Worker"]):
         self._process.communicate()
 
 
+Asked = tuple[Worker, str, Mapping[str, Any]]
+"""Who, for which job, with which arguments."""
+
+
 def by_turns(
-    asked: Mapping[str, tuple[Worker, str]],
-    of: Mapping[str, Any],
+    asked: Mapping[str, Asked],
     *,
     rounds: int,
     seconds: float,
     not_run: dict[str, str],
+    told: Callable[[int, str, dict[str, Any]], None] = lambda turn, system, answer: None,
 ) -> Answers:
     """Ask every system once per round, one after the other.
 
     Args:
-        asked: system → who to ask, and for which job.
         not_run: systems that have failed, and why. They are left out, and those that fail now are added.
+        told: called with the round (from 1), the system and its answer.
     """
     answers: Answers = {system: [] for system in asked if system not in not_run}
-    for _ in range(rounds):
+    for turn in range(1, rounds + 1):
         for system in list(answers):
-            worker, job = asked[system]
+            worker, job, of = asked[system]
             try:
-                answers[system].append(worker.ask(job, of, seconds=seconds))
+                answer = worker.ask(job, of, seconds=seconds)
             except FailedRunError as error:
                 not_run[system] = str(error)
                 del answers[system]
+                continue
+            answers[system].append(answer)
+            told(turn, system, answer)
     return answers
 
 

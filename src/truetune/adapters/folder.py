@@ -1,0 +1,59 @@
+"""What stands in an adapter's folder, read and written with an error that names the file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from truetune.adapters.names import CONFIG
+from truetune.errors import AdapterError
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """PEFT's older file; only tensors are unpickled."""
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise AdapterError(f"{path} can't be read: {reason}", ("likely", "a copy cut short, or no weights")) from None
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise AdapterError(f"{path} holds something else than tensors by name")
+    return tensors
+
+
+def nearby(folder: Path) -> str:
+    """A folder with an adapter close to where the user looked."""
+    if folder.is_file():
+        return "pass the folder that holds an adapter, not a file"
+    if not folder.is_dir():
+        return f"there is no folder {folder}"
+    found = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
+    return f"pass {found[0]}" if found else "pass the folder that holds it"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object. Raises AdapterError: it is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{path} can't be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise AdapterError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """As PEFT writes its config."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

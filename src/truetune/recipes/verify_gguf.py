@@ -1,0 +1,196 @@
+"""GGUF files as artefacts: read back into the model they say they are, and asked what llama.cpp would be asked.
+
+A file is one model, or a LoRA, which is put on the base that the run had; a folder with ``model.gguf`` is what
+``export --to ollama`` writes, with ``adapter.gguf`` on that model where there is one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from truetune.errors import ModelError, TruetuneError
+from truetune.eval.limits import coarser
+from truetune.export import gguf_read
+from truetune.export.gguf_arch import Arch, arch_of
+from truetune.export.gguf_read import HEAD, TABLE, GGUFFile
+from truetune.export.gguf_vocabulary import Vocabulary, differences
+from truetune.models import load, plain
+from truetune.models.precision import name_of
+from truetune.models.tokenizer import ChatTokenizer
+from truetune.recipes.export_source import Source
+from truetune.recipes.gguf_words import reader_of, words_of
+from truetune.recipes.new_tokens import tokenizer_of
+from truetune.recipes.verify_reference import Reference, Sample
+from truetune.recipes.verify_subjects import Loaded, Opening
+from truetune.recipes.verify_target import Target
+from truetune.train.log import Screen
+
+MODEL, ADAPTER = "model.gguf", "adapter.gguf"
+
+
+def is_gguf(path: Path) -> bool:
+    """A GGUF file, or a folder that an export left them in."""
+    return path.suffix == ".gguf" if path.is_file() else (path / MODEL).is_file() or (path / ADAPTER).is_file()
+
+
+def files_in(path: Path) -> tuple[Path, Path | None]:
+    """``(model or LoRA, LoRA on that model)`` of a file or a folder."""
+    if path.is_file():
+        return path, None
+    model, adapter = path / MODEL, path / ADAPTER
+    if not model.is_file():
+        return adapter, None
+    return model, adapter if adapter.is_file() else None
+
+
+@dataclass
+class LoadedGGUF(Loaded):
+    """A model whose weights, wording and stop tokens are those of a GGUF."""
+
+    vocabulary: Vocabulary = field(default_factory=lambda: Vocabulary({}))
+
+    def prompt(self, sample: Sample) -> tuple[str | None, list[int] | int] | None:
+        """As llama.cpp's server words it."""
+        return prompt_by(self.vocabulary, self.tokenizer, sample) if self.words else None
+
+    def lost_stops(self, reference: Reference) -> list[str]:
+        """By the keys, and by the texts that llama.cpp knows."""
+        if not self.words:
+            return []
+        ends = self.vocabulary.stop_ids
+        return [self.tokenizer.decode([stop]) for stop in reference.stop_ids if stop not in ends]
+
+
+def prompt_by(
+    vocabulary: Vocabulary, tokenizer: ChatTokenizer, sample: Sample
+) -> tuple[str | None, list[int] | int] | None:
+    """``(text, ids)`` of a prompt, worded by a file's own template and opening; None where the sample has no words."""
+    text = sample.text
+    if sample.messages:
+        if vocabulary.template is None:
+            return "the file has no chat template", []
+        try:
+            text = tokenizer.render(
+                list(sample.messages), vocabulary.template, tools=list(sample.tools) or None, prompt=True
+            )
+        except TruetuneError as error:
+            return error.message[:200], []
+    if not text:
+        return None
+    framed = vocabulary.framed(text)
+    return framed, reader_of(vocabulary, tokenizer)(framed)
+
+
+def open_gguf(opening: Opening) -> Loaded:
+    """Read a file, or a folder's files, into the trained model's architecture.
+
+    Raises:
+        ModelError, AdapterError: it is not whole, or of another model.
+        TruetuneError: it can't be told whether it is the same: its architecture or its numbers are not known here.
+    """
+    path, beside = files_in(opening.path)
+    file, update = gguf_read.read_file(path), gguf_read.read_file(beside) if beside else None
+    return _lora_on_base(opening, file) if file.is_adapter else _model(opening, file, update)
+
+
+def _model(opening: Opening, file: GGUFFile, update: GGUFFile | None) -> LoadedGGUF:
+    target = opening.target
+    config, arch = _architecture(target, opening.revision)
+    _check_arch(file, arch)
+    config = _as_in(file, config)
+    state = dict(gguf_read.weights(file, arch, config, _shapes(config)))
+    if update is not None:
+        _check_arch(update, arch)
+        _add(update, arch, config, state)
+    vocabulary, tokenizer = Vocabulary(file.keys), tokenizer_of_run(target, opening.revision)
+    expected = Vocabulary(words_of(tokenizer, None, Source(target.base, target.file).card, config.vocab_size))
+    faults = gguf_read.other_hyperparameters(file, arch, config, config.vocab_size) + differences(vocabulary, expected)
+    kind = coarser(file.kind, update.kind) if update else file.kind
+    model, kind = _computing(opening, plain.of_weights(config, state, device=opening.device), kind)
+    return LoadedGGUF(
+        str(opening.path), "truetune", kind, model, tokenizer, vocabulary.stop_ids, faults=faults, vocabulary=vocabulary
+    )
+
+
+def _lora_on_base(opening: Opening, file: GGUFFile) -> LoadedGGUF:
+    """A LoRA alone words no prompts: those are the base's, whose file is another."""
+    target = opening.target
+    config, arch = _architecture(target, opening.revision)
+    _check_arch(file, arch)
+    load.check_dense(target.base, load.load_config(target.base, revision=opening.revision))
+    model = load.load_model(target.base, dtype=torch.float32, device=opening.device, revision=opening.revision)
+    _add(file, arch, config, dict(model.named_parameters()))
+    kind = coarser(file.kind, name_of(load.checkpoint_dtype(config)))
+    model, kind = _computing(opening, model, kind)
+    tokenizer = tokenizer_of_run(target, opening.revision)
+    note = f"added to {target.base}, as llama.cpp does; whether that base says the same as a GGUF is not seen by it"
+    return LoadedGGUF(
+        str(opening.path), "truetune", kind, model, tokenizer, tokenizer.stop_ids | _stops(target), words=False,
+        notes=[note],
+    )  # fmt: skip
+
+
+def _stops(target: Target) -> frozenset[int]:
+    return frozenset(Source(target.base, target.file).card.get("stop_ids", ()))
+
+
+def _architecture(target: Target, revision: str | None) -> tuple[Any, Arch]:
+    """The trained model's config, as of dense weights, and what llama.cpp has for it.
+
+    Raises:
+        TruetuneError: nothing; so a file can't be read back.
+    """
+    config = load.dense_config(load.load_config(target.base, revision=revision))
+    try:
+        return config, arch_of(config)
+    except ModelError as error:
+        raise TruetuneError(error.message, ("way out", "--against llama.cpp, where that is installed")) from None
+
+
+def _check_arch(file: GGUFFile, arch: Arch) -> None:
+    found = file.keys.get("general.architecture")
+    if found != arch.name:
+        raise ModelError(f"{file.path} is of the architecture {found}, and the trained model's is {arch.name}")
+
+
+def _as_in(file: GGUFFile, config: Any) -> Any:
+    """The config with as many tokens as the file has, and a head of its own where the file has one."""
+    config = copy.deepcopy(config)
+    if TABLE in file.tensors:
+        config.vocab_size = gguf_read.shape_of(file.tensors[TABLE])[0]
+    config.tie_word_embeddings = HEAD not in file.tensors
+    return config
+
+
+def _shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    """Of the model's tensors; a tied head is the table, and stands there once."""
+    skeleton = load.skeleton(config, dtype=torch.float32)
+    return {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
+
+
+def _add(update: GGUFFile, arch: Arch, config: Any, state: Mapping[str, Tensor]) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    with torch.no_grad():
+        for name, change in gguf_read.updates(update, arch, config, shapes):
+            state[name] += change.to(state[name].device)
+
+
+def _computing(opening: Opening, model: Any, kind: str) -> tuple[Any, str]:
+    """The model in the precision that was asked for, float32 for ``auto``, and the coarser of that and its file."""
+    if opening.dtype == "auto":
+        return model, kind
+    dtype = getattr(torch, opening.dtype)
+    return model.to(dtype), coarser(kind, name_of(dtype))
+
+
+def tokenizer_of_run(target: Target, revision: str | None) -> ChatTokenizer:
+    """The one that trained, with the tokens that the adapter brings."""
+    tokenizer = ChatTokenizer.load(target.base, revision=revision)
+    return tokenizer_of(target.file, tokenizer, Screen()) if target.file else tokenizer
