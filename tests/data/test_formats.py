@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from truetune.data.formats import FORMATS, Choice, detect, parse_rows
+from truetune.data.formats.checks import is_blank
 from truetune.data.formats.chosen import parse_preference
 from truetune.data.formats.columns import parse_columns
 from truetune.data.rejects import counts, raise_if_too_many, write_rejects
@@ -220,7 +221,7 @@ def test_a_named_format_settles_what_columns_leave_open() -> None:
     assert (said(rows[0]), rejects) == ([("user", "c"), ("assistant", "d")], [])
 
 
-anything = st.text(max_size=20).filter(str.strip)
+anything = st.text(max_size=20).filter(lambda text: not is_blank(text))
 
 
 @given(st.lists(st.tuples(anything, anything), min_size=1, max_size=4), st.one_of(st.just(""), anything))
@@ -332,6 +333,8 @@ def test_text_has_no_messages() -> None:
     [
         ("a", "text", "not_an_object", "the row is text"),
         ({"text": " "}, "text", "empty_text", "white space only"),
+        ({"text": "\ufeff \u200b"}, "text", "empty_text", "white space only"),
+        ({"instruction": "a", "output": "\u200b\n\u200b"}, "alpaca", "empty_output", "white space only"),
         ({"prompt": "a", "Completion": "b"}, "prompt-completion", "missing_field", "is `Completion` meant?"),
         ({"prompt": [{}], "completion": "b"}, "prompt-completion", "missing_field", "message 1: `role` is missing"),
         ({"question": "a"}, "prompt-completion", "missing_field", "`answer` is missing"),

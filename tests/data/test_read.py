@@ -1,5 +1,7 @@
+import bz2
 import gzip
 import json
+import lzma
 import os
 from pathlib import Path
 
@@ -265,3 +267,65 @@ def test_what_a_folder_holds_beside_data_is_known(tmp_path: Path) -> None:
     for name in ("a.jsonl", "notes.docx", ".hidden"):
         (tmp_path / name).write_text("{}\n", encoding="utf-8")
     assert passed_over([str(tmp_path)]) == [str(tmp_path / "notes.docx")]
+
+
+@pytest.mark.parametrize("content", [b'[{"a": 1}, {"a": 2}]', b'[{"a": 1},\n{"a": 2}]\n', b'\xef\xbb\xbf[{"a": 1}]\n'])
+def test_an_array_in_json_lines_is_told_from_rows_that_are_arrays(tmp_path: Path, content: bytes) -> None:
+    with pytest.raises(DataError, match=r"one JSON array[\s\S]*rename it to end in \.json"):
+        read(tmp_path / "x.jsonl", content)
+    rows, rejects = read(tmp_path / "y.jsonl", b'["a"]\n[{"a": 1}]\n')
+    assert (values(rows), rejects) == ([["a"], [{"a": 1}]], [])
+
+
+@pytest.mark.parametrize(
+    ("content", "way_out"),
+    [
+        (gzip.compress(b'{"a": 1}\n'), r"rename it to end in \.jsonl\.gz"),
+        (bz2.compress(b'{"a": 1}\n'), r"rename it to end in \.jsonl\.bz2"),
+        (lzma.compress(b'{"a": 1}\n'), r"rename it to end in \.jsonl\.xz"),
+        (b"(\xb5/\xfd....", r"rename it to end in \.jsonl\.zst"),
+        (b"PK\x03\x04....", "unzip "),
+        (b"PAR1\x15....", r"rename it to end in \.parquet"),
+    ],
+)
+def test_a_file_of_another_kind_is_known_by_its_first_bytes(tmp_path: Path, content: bytes, way_out: str) -> None:
+    with pytest.raises(DataError, match=way_out):
+        read(tmp_path / "x.jsonl", content)
+
+
+def test_a_number_without_end_is_the_fault_of_its_row(tmp_path: Path) -> None:
+    long = b'{"a": ' + b"9" * 5000 + b"}"
+    for name, content in (("x.jsonl", long + b'\n{"a": 1}\n'), ("x.json", b"[" + long + b', {"a": 1}]')):
+        rows, (reject,) = read(tmp_path / name, content)
+        assert values(rows) == [{"a": 1}]
+        assert (reject.origin.row, reject.reason) == (1, "bad_json")
+        assert reject.detail == "not valid JSON: a whole number has more digits than can be read"
+
+
+def test_an_unclosed_quote_says_how_many_lines_it_takes(tmp_path: Path) -> None:
+    _, (reject,) = read(tmp_path / "x.csv", b'a,b\n1,2\n"3,4\n5,6\n7,8\n')
+    assert "from line 3 on" in reject.detail
+    assert "up to line 5" in reject.detail
+
+
+def test_carriage_returns_alone_are_named(tmp_path: Path) -> None:
+    _, (reject,) = read(tmp_path / "x.jsonl", b'{"a": 1}\r{"a": 2}\r')
+    assert "a carriage return alone ends no line" in reject.detail
+    _, (reject,) = read(tmp_path / "y.jsonl", b'{"a": 1} {"a": 2}\r\n')
+    assert "carriage return" not in reject.detail
+
+
+def test_a_table_row_that_is_not_utf8_is_one_reject(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="reading tables needs pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="reading Parquet needs pyarrow")
+    offsets, text = (
+        pyarrow.py_buffer(b"".join(n.to_bytes(4, "little") for n in (0, 1, 2, 3))),
+        pyarrow.py_buffer(b"a\xffc"),
+    )
+    column = pyarrow.Array.from_buffers(pyarrow.string(), 3, [None, offsets, text])
+    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "x.parquet")
+    rows, rejects = read_rows([str(tmp_path / "x.parquet")])
+    assert values(rows) == [{"text": "a"}, {"text": "c"}]
+    assert [(r.origin.row, r.reason, r.detail) for r in rejects] == [
+        (2, "not_utf8", "not UTF-8: byte 0xFF in a text of this row")
+    ]

@@ -80,3 +80,20 @@ def test_what_was_read_is_let_go() -> None:
         tracemalloc.stop()
     assert count == 20_000
     assert peak < 100_000 < len(data)
+
+
+def test_a_fault_is_told_without_reading_the_rest() -> None:
+    class Counted(io.BytesIO):
+        taken = 0
+
+        def read(self, size: int | None = -1, /) -> bytes:
+            found = super().read(size)
+            self.taken += len(found)
+            return found
+
+    stream = Counted(b'[{"a": 1}, {"b" 2}, ' + b'{"a": 1}, ' * 10_000 + b"{}]")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(read_document, "STRETCH", 1000)
+        with pytest.raises(DataError, match="expecting ':' delimiter at line 1, column 17"):
+            list(document_rows("rows.json", stream))
+    assert stream.taken <= 2000

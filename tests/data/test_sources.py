@@ -19,7 +19,7 @@ from truetune.data.intake import Intake
 from truetune.data.mix import take
 from truetune.data.read import read_rows
 from truetune.data.schema import Origin, Row
-from truetune.data.sources import find_files, find_sources, mixed_parts, passed_over
+from truetune.data.sources import find_files, find_sources, mixed_parts, named_twice, passed_over
 from truetune.errors import ConfigError, DataError
 
 ROWS = [{"text": f"row {number} é"} for number in range(5)]
@@ -173,6 +173,17 @@ def test_a_registry_in_this_folder_needs_no_flag(tmp_path: Path, monkeypatch: py
     assert values("mine") == ROWS
 
 
+def test_standard_input_is_no_name_of_the_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry(tmp_path, "mine: rows.jsonl")
+    monkeypatch.chdir(tmp_path)
+    standard_input.spooled.cache_clear()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(LINES)))
+    try:
+        assert values("-") == ROWS
+    finally:
+        standard_input.spooled.cache_clear()
+
+
 def test_bare_names_are_those_of_the_registry_that_is_given() -> None:
     config = SFTConfig(model="m", data=["mine=0.5", "rows.jsonl", "a/b", "-"], val_data="held", registry="r.yaml")
     assert config.data == ("r.yaml:mine=0.5", "rows.jsonl", "a/b", "-")
@@ -190,6 +201,10 @@ def test_bare_names_are_those_of_the_registry_that_is_given() -> None:
         ("mine: {files: rows.jsonl, weight: lots}", "`weight` is 'lots'"),
         ("mine: {files: rows.jsonl, weight: 1.5}", "can't be seen 1.5 times"),
         ("mine: {files: rows.jsonl, sha256: abc}", r"not those that the registry describes[\s\S]*expected\s+abc"),
+        ("mine: {files: rows.jsonl, sha256: 00}", r"`sha256` is 0\n[\s\S]*in quotes[\s\S]*figures alone for a number"),
+        ("mine: {files: rows.jsonl, sha256: }", "`sha256` is empty"),
+        ("mine: rows.jsonl\nmine: rows.jsonl", "the key 'mine' is there twice"),
+        ("mine: {files: rows.jsonl, files: other.jsonl}", "the key 'files' is there twice"),
         ("mine: {files: nothing.jsonl}", "no such file"),
         ("- mine", "no mapping from names"),
         ("mine: [", "not a readable YAML file"),
@@ -264,3 +279,13 @@ def _is_taken(row: Row, share: float, seed: int) -> bool:
 def test_the_choice_depends_on_the_content_alone(text: str, file: str, share: float, seed: int) -> None:
     one, other = Row(Origin("x", 1), text=text), Row(Origin(file, 7), text=text)
     assert _is_taken(one, share, seed) == _is_taken(other, share, seed)
+
+
+def test_a_file_that_several_names_lead_to_is_told(tmp_path: Path) -> None:
+    name, other = write(tmp_path / "rows.jsonl"), write(tmp_path / "other.jsonl")
+    beside = str(tmp_path / "." / "rows.jsonl")
+    assert named_twice([name, other]) == []
+    assert named_twice([f"{name}=2", other]) == []
+    assert named_twice([name, name]) == [name]
+    assert named_twice([f"{name}=0.5", beside]) == [name]
+    assert named_twice([other, str(tmp_path)]) == [other]

@@ -19,6 +19,11 @@ UNPACKERS = {
     ".zip": "unzip", ".tar": "tar xf", ".tar.gz": "tar xzf", ".tgz": "tar xzf", ".tar.bz2": "tar xjf",
     ".tar.xz": "tar xJf", ".tar.zst": "tar --zstd -xf", ".7z": "7z x", ".rar": "unrar x",
 }  # fmt: skip
+# What files begin with, by the suffix that they should have.
+_STARTS = {
+    ".gz": b"\x1f\x8b\x08", ".bz2": b"BZh91AY&SY", ".xz": b"\xfd7zXZ\x00", ".zst": b"(\xb5/\xfd", ".zip": b"PK\x03\x04",
+    ".parquet": b"PAR1\x15", ".arrow": b"ARROW1\x00",
+}  # fmt: skip
 DAMAGE = (gzip.BadGzipFile, lzma.LZMAError, EOFError, zlib.error)
 
 
@@ -26,6 +31,11 @@ def unpacker_of(path: str) -> str:
     """The command that unpacks an archive, or ``""`` where ``path`` is none by its name."""
     lower = path.lower()
     return next((tool for suffix, tool in UNPACKERS.items() if lower.endswith(suffix)), "")
+
+
+def kind_of(start: bytes) -> str:
+    """The suffix that fits the first ten bytes of a file, or ``""`` where they may be text."""
+    return next((suffix for suffix, magic in _STARTS.items() if start.startswith(magic)), "")
 
 
 def packing_of(suffix: str) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from truetune.data.compressed import opened, packing_of
+from truetune.data.compressed import PACKINGS, kind_of, opened, packing_of
 from truetune.data.read_csv import parse_csv
 from truetune.data.read_document import document_rows
 from truetune.data.read_json import BOM, holds_lines, not_utf8, parse_lines
@@ -101,8 +101,7 @@ def _blocks(name: str, suffix: str, stream: BinaryIO, *, packed: bool) -> Iterat
     if suffix in _TABLES:
         yield from _in_blocks(name, _read_table(name, suffix, stream))
         return
-    if stream.read(2) in (b"\xff\xfe", b"\xfe\xff"):
-        raise DataError(f"{name}: UTF-16, not UTF-8", ("or", "iconv -f utf-16 -t utf-8 FILE > NEW"))
+    _refuse_other_kind(name, stream.read(10))
     stream.seek(0)
     if suffix in _PARTED_BY:
         yield from _in_blocks(name, parse_csv(name, stream, mark=_PARTED_BY[suffix]))
@@ -112,6 +111,15 @@ def _blocks(name: str, suffix: str, stream: BinaryIO, *, packed: bool) -> Iterat
         yield from _in_blocks(name, document_rows(name, stream))
     else:
         yield from _line_blocks(name, stream, packed=packed)
+
+
+def _refuse_other_kind(name: str, start: bytes) -> None:
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise DataError(f"{name}: UTF-16, not UTF-8", ("or", "iconv -f utf-16 -t utf-8 FILE > NEW"))
+    if kind := kind_of(start):
+        ending = suffix_of(name) + kind if kind in PACKINGS else kind
+        way_out = f"unzip {name}" if kind == ".zip" else f"rename it to end in {ending}"
+        raise DataError(f"{name}: begins as a {kind} file does, which its name doesn't say", ("way out", way_out))
 
 
 def _starts_like_lines(stream: BinaryIO) -> bool:
@@ -163,7 +171,7 @@ def _read_text(name: str, data: bytes) -> Parts:
         return [], [Reject(origin, "not_utf8", not_utf8(data, position), excerpt(raw))]
 
 
-def _read_table(name: str, suffix: str, stream: BinaryIO) -> Iterator[RawRow]:
+def _read_table(name: str, suffix: str, stream: BinaryIO) -> Iterator[RawRow | Reject]:
     try:
         import pyarrow  # imported here: it is an extra, and slow to load
     except ImportError as error:
@@ -172,11 +180,27 @@ def _read_table(name: str, suffix: str, stream: BinaryIO) -> Iterator[RawRow]:
     number = 0
     try:
         for batch in _parquet(stream) if suffix == ".parquet" else _arrow(stream):
-            for value in batch.to_pylist():
+            for value in _values(batch):
                 number += 1
-                yield RawRow(Origin(name, number), value)
+                yield _table_row(Origin(name, number), value)
     except pyarrow.ArrowException as error:
         raise DataError(f"{name}: not a readable {_TABLES[suffix]} file: {error}") from error
+
+
+def _values(batch: Any) -> list[Any]:
+    """The rows as dictionaries; one with text that is no UTF-8, which writers do not check, as its error."""
+    try:
+        return list(batch.to_pylist())
+    except UnicodeDecodeError as error:
+        if batch.num_rows == 1:
+            return [error]
+        return [value for number in range(batch.num_rows) for value in _values(batch.slice(number, 1))]
+
+
+def _table_row(origin: Origin, value: Any) -> RawRow | Reject:
+    if isinstance(value, UnicodeDecodeError):
+        return Reject(origin, "not_utf8", f"not UTF-8: byte 0x{value.object[value.start]:02X} in a text of this row")
+    return RawRow(origin, value)
 
 
 def _parquet(stream: BinaryIO) -> Iterator[Any]:

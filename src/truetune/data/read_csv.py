@@ -30,10 +30,10 @@ def parse_csv(name: str, stream: BinaryIO, *, mark: str = ",") -> Iterator[RawRo
         # surrogateescape keeps an invalid byte recognisable in its own record, so the others stay usable
         with io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="") as text:
             header, records = _records(name, text, mark)
-            for number, (line, record) in enumerate(records, start=1):
+            for number, (line, last, record) in enumerate(records, start=1):
                 origin = Origin(name, number)
                 if isinstance(record, csv.Error):
-                    yield Reject(origin, "bad_csv", _broken(record, line=line))
+                    yield Reject(origin, "bad_csv", _broken(record, lines=(line, last)))
                 elif fault := _fault(record, width=len(header), line=line):
                     yield Reject(origin, *fault, excerpt(record))
                 else:
@@ -44,7 +44,7 @@ def parse_csv(name: str, stream: BinaryIO, *, mark: str = ",") -> Iterator[RawRo
 
 def _records(
     name: str, text: io.TextIOWrapper, mark: str
-) -> tuple[list[str], Iterator[tuple[int, list[str] | csv.Error]]]:
+) -> tuple[list[str], Iterator[tuple[int, int, list[str] | csv.Error]]]:
     # strict: otherwise a quote that is never closed swallows the rest of the file without a word
     reader = csv.reader(text, delimiter=mark, strict=True)
     try:
@@ -61,7 +61,7 @@ def _records(
     if twice := sorted({column for column in header if header.count(column) > 1}):
         raise DataError(f"{name}: the header names a column twice: {', '.join(twice)}")
 
-    def records() -> Iterator[tuple[int, list[str] | csv.Error]]:
+    def records() -> Iterator[tuple[int, int, list[str] | csv.Error]]:
         while True:
             line = reader.line_num + 1
             try:
@@ -69,16 +69,17 @@ def _records(
             except StopIteration:
                 return
             except csv.Error as error:
-                yield line, error
+                yield line, reader.line_num, error
                 continue
             if record:  # a blank line is no record
-                yield line, record
+                yield line, reader.line_num, record
 
     return header, records()
 
 
-def _broken(error: csv.Error, *, line: int) -> str:
-    unclosed = "a quote is opened and never closed: the rest of the file is one field"
+def _broken(error: csv.Error, *, lines: tuple[int, int]) -> str:
+    line, last = lines
+    unclosed = f"a quote is opened and never closed: the rest of the file, up to line {last}, is one field"
     words = unclosed if "end of data" in str(error) else str(error)
     return f"not valid CSV from line {line} on: {words}"
 

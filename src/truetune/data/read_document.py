@@ -12,12 +12,13 @@ import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from truetune.data.read_json import LENIENT, STRICT, RefusedError, checked, not_utf8, words
+from truetune.data.read_json import LENIENT, STRICT, TOO_LONG, RefusedError, checked, not_utf8, words
 from truetune.data.rejects import excerpt
 from truetune.data.schema import Origin, RawRow, Reject
 from truetune.errors import DataError
 
 STRETCH = 1 << 20  # bytes that are read at once, about; an item that is longer doubles them
+_LONGEST_WORD = 16  # characters, and more than any that JSON spells out: -Infinity, or an escaped pair
 _BLANKS = re.compile(r"[ \t\n\r]*")
 
 
@@ -116,15 +117,21 @@ class _Window:
         while True:
             try:
                 value, end = decoder.raw_decode(self.text, self.at)
-            except RefusedError:
-                raise
-            except (ValueError, RecursionError):
-                if not self.more():
+            except json.JSONDecodeError as error:
+                if not self._may_be_cut(error) or not self.more():
                     raise
                 continue
+            except RefusedError:
+                raise
+            except ValueError as error:
+                raise RefusedError(TOO_LONG) from error
             if end < len(self.text) or not self.more():  # a number may go on
                 source, self.at = self.text[self.at : end], end
                 return value, source
+
+    def _may_be_cut(self, error: json.JSONDecodeError) -> bool:
+        """Whether more text may mend it; else the rest of a large file would be read for nothing."""
+        return error.msg.startswith("Unterminated string") or len(self.text) - error.pos < _LONGEST_WORD
 
     def more(self) -> bool:
         """Read on; False where the text has ended."""
@@ -157,4 +164,7 @@ class _Window:
     def _not_utf8(self, error: UnicodeDecodeError, new: int) -> DataError:
         start = self._bytes + new - len(error.object)  # in the file: the decoder holds a few earlier bytes
         line = self._lines + self.text.count("\n") + error.object.count(b"\n", 0, error.start) + 1
-        return DataError(f"{self._name}: {not_utf8(error.object, error.start, offset=start)}, line {line}")
+        return DataError(
+            f"{self._name}: {not_utf8(error.object, error.start, offset=start)}, line {line}",
+            ("or", "if the file is Latin-1: iconv -f latin1 -t utf-8 FILE > NEW"),
+        )

@@ -16,6 +16,7 @@ from truetune.data.schema import Origin, RawRow, Reject
 from truetune.errors import DataError
 
 BOM = b"\xef\xbb\xbf"
+TOO_LONG = "a whole number has more digits than can be read"
 _LINES_OF_OBJECTS = re.compile(rb"\s*\{[^\n]*\n\s*\{")
 
 
@@ -34,7 +35,7 @@ def parse_lines(
         first: the number of the first of ``lines``, where they are not the file's first.
         offset: where it begins in the file, in bytes.
     Raises:
-        DataError: the lines are those of one JSON array spread over several.
+        DataError: the lines are those of one JSON array.
     """
     rows: list[RawRow] = []
     rejects: list[Reject] = []
@@ -47,10 +48,20 @@ def parse_lines(
                 rows.append(found)
             else:
                 rejects.append(found)
-                if number == 1 and found.reason == "bad_json" and body.strip() == b"[":
-                    raise DataError(f"{name}: one JSON array, not JSON lines", ("or", "rename it to end in .json"))
+                if number == 1 and found.reason == "bad_json" and body.lstrip().startswith(b"["):
+                    raise _one_array(name)
         offset += len(body)
+    if len(rows) == 1 and not rejects and _holds_rows(rows[0]):
+        raise _one_array(name)
     return rows, rejects
+
+
+def _holds_rows(row: RawRow) -> bool:
+    return row.origin.row == 1 and isinstance(row.value, list) and any(isinstance(item, dict) for item in row.value)
+
+
+def _one_array(name: str) -> DataError:
+    return DataError(f"{name}: one JSON array, not JSON lines", ("or", "rename it to end in .json"))
 
 
 def holds_lines(start: bytes) -> bool:
@@ -74,7 +85,9 @@ def _parse_line(origin: Origin, line: bytes, *, offset: int) -> RawRow | Reject:
     try:
         return checked(RawRow(origin, STRICT.decode(text)), text)
     except (ValueError, RecursionError) as error:
-        return Reject(origin, "bad_json", f"not valid JSON: {words(error)}", excerpt(text.strip()))
+        macs = isinstance(error, json.JSONDecodeError) and text[: error.pos].endswith("\r")
+        hint = "; a carriage return alone ends no line: tr '\\r' '\\n' < FILE > NEW would mend it" if macs else ""
+        return Reject(origin, "bad_json", f"not valid JSON: {words(error)}{hint}", excerpt(text.strip()))
 
 
 def checked(row: RawRow, source: str) -> RawRow | Reject:
@@ -96,7 +109,9 @@ def words(error: ValueError | RecursionError, *, place: str = "") -> str:
     if isinstance(error, json.JSONDecodeError):
         what = error.msg.rstrip(": ").removesuffix(" at").removesuffix(" starting")
         return f"{what[:1].lower()}{what[1:]} at {place or f'column {error.colno}'}"
-    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return str(error) if isinstance(error, RefusedError) else TOO_LONG
 
 
 def _refuse_constant(name: str) -> Any:
@@ -112,4 +127,4 @@ def _refuse_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 STRICT = json.JSONDecoder(object_pairs_hook=_refuse_twins, parse_constant=_refuse_constant)
-LENIENT = json.JSONDecoder()
+LENIENT = json.JSONDecoder(parse_int=str)  # which takes a whole number of any length

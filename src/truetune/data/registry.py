@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,22 @@ def entry_of(registry: str, name: str) -> Entry:
     split = f":{values['split']}" if values.get("split") else ""
     base = os.path.dirname(registry)
     paths = tuple(f"{f}{split}" if f.startswith("hub:") else os.path.join(base, os.path.expanduser(f)) for f in files)
-    return Entry(name, paths, str(values.get("format") or ""), columns, float(weight), str(values.get("sha256") or ""))
+    return Entry(name, paths, str(values.get("format") or ""), columns, float(weight), _sha256_of(values, where))
+
+
+def _sha256_of(values: Mapping[str, Any], where: str) -> str:
+    """A hash that is there but can't be compared is refused: it would look as if the files had been checked."""
+    if "sha256" not in values:
+        return ""
+    found = values["sha256"]
+    if not isinstance(found, str) or not found.strip():
+        figures = "YAML takes figures alone for a number" if isinstance(found, int | float) else ""
+        raise DataError(
+            f"{where}: `sha256` is {'empty' if found in (None, '') else repr(found)}",
+            ("expected", "64 hexadecimal digits, in quotes; or no such key"),
+            ("likely", figures),
+        )
+    return found.strip()
 
 
 def check_hash(entry: Entry, files: Sequence[str]) -> None:
@@ -108,9 +123,19 @@ def _sha256(stream: Any) -> str:
     return digest.hexdigest()
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML, but a key that is there twice is a fault: of two data sets with one name, one would never be read."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := next((key for key in keys if keys.count(key) > 1), ""):
+            raise yaml.constructor.ConstructorError(None, None, f"the key '{twice}' is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _read(registry: str) -> Mapping[str, Any]:
     try:
-        entries = yaml.safe_load(Path(registry).read_text(encoding="utf-8"))
+        entries = yaml.load(Path(registry).read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise DataError(f"{registry}: the registry can't be read: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,6 +105,18 @@ def mixed_parts(paths: Sequence[str]) -> list[str]:
     return found
 
 
+def named_twice(paths: Sequence[str]) -> list[str]:
+    """Files that several of ``paths`` lead to: their rows are read once for each.
+
+    Raises:
+        DataError: as ``find_sources``.
+    """
+    files = [{os.path.realpath(file): file for file in source.files} for source in find_sources(paths)]
+    times = Counter(real for of_source in files for real in of_source)
+    shown = {real: file for of_source in reversed(files) for real, file in of_source.items()}
+    return [shown[real] for real, count in times.items() if count > 1]
+
+
 def _is_of(file: str, words: Sequence[str]) -> bool:
     return not set(words).isdisjoint(re.split(r"[^a-z]+", os.path.basename(file).lower()))
 
@@ -144,7 +157,7 @@ def _entry(name: str) -> Entry | None:
     found = re.fullmatch(r"(.+\.ya?ml):([^/:]+)", name)
     if found:
         return entry_of(os.path.expanduser(found[1]), found[2])
-    bare = re.fullmatch(r"[\w-]+", name) and not os.path.lexists(name)
+    bare = re.fullmatch(r"[\w-]+", name) and name != standard_input.NAME and not os.path.lexists(name)
     return entry_of(DEFAULT, name) if bare and os.path.isfile(DEFAULT) else None
 
 

@@ -15,6 +15,7 @@ from truetune.data.formats.checks import (
     check_answers,
     expect_list,
     expect_object,
+    is_blank,
     optional_text,
     system_message,
     text_field,
@@ -74,7 +75,7 @@ def _history(value: Mapping[str, Any]) -> list[Message]:
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise RowError("wrong_type", f"`history` turn {number}: a pair [question, answer] of texts is expected")
         question, answer = pair
-        if not answer.strip():
+        if is_blank(answer):
             raise RowError("empty_output", f"`history` turn {number}: the answer is empty or white space only")
         messages += [_question(question, ""), Message("assistant", answer)]
     return messages

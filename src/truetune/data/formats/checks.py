@@ -16,6 +16,7 @@ FIELDS = {
     "response_k", "label",
 }  # fmt: skip
 PREFERENCES = (("chosen", "rejected"), ("response_j", "response_k"))  # the better one first
+_BLANKS = " \t\n\r\xa0\xad\u200b\u200c\u200d\u2060\ufeff"  # zero-width characters too: such an answer looks empty
 _MEDIA = ("images", "image", "videos", "audios")
 
 
@@ -94,6 +95,11 @@ def system_message(value: Mapping[str, Any]) -> list[Message]:
     return [Message("system", text) for text in texts]
 
 
+def is_blank(text: str) -> bool:
+    """Whether there is nothing to be seen in a text."""
+    return not text.strip().strip(_BLANKS)
+
+
 def answer_field(value: Mapping[str, Any], name: str, *, where: str = "") -> str:
     """A text to be learned: like ``text_field``, and not blank.
 
@@ -101,7 +107,7 @@ def answer_field(value: Mapping[str, Any], name: str, *, where: str = "") -> str
         RowError: ``missing_field``, ``wrong_type`` or ``empty_output``.
     """
     text = text_field(value, name, where=where)
-    if not text.strip():
+    if is_blank(text):
         found = "holds white space only" if text else "is empty"
         raise RowError("empty_output", f"{where}`{name}` {found}: nothing to learn from")
     return text
@@ -114,7 +120,7 @@ def check_answers(messages: Sequence[Message]) -> None:
         RowError: ``no_answer``, ``empty_output``, or ``nothing_trained`` where the row wants none of them trained.
     """
     answers = [(number, message) for number, message in enumerate(messages, 1) if message.role == "assistant"]
-    blank = [str(number) for number, answer in answers if not (answer.content.strip() or answer.tool_calls)]
+    blank = [str(number) for number, answer in answers if is_blank(answer.content) and not answer.tool_calls]
     if answers and not blank:
         if not any(answer.train for _, answer in answers):
             raise RowError("nothing_trained", "every answer is marked as not to be trained")

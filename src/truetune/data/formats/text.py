@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from truetune.data.formats.checks import RowError, expect_object, text_field
+from truetune.data.formats.checks import RowError, expect_object, is_blank, text_field
 from truetune.data.schema import RawRow, Row
 
 NAME = "text"
@@ -27,7 +27,7 @@ def parse(raw: RawRow) -> Row:
         either = " or ".join(f"`{name}`" for name in there)
         raise RowError("ambiguous", f"{either}: --columns says which is the text, as in --columns text={there[1]}")
     text = text_field(value, there[0])
-    if not text.strip():
+    if is_blank(text):
         found = "holds white space only" if text else "is empty"
         raise RowError("empty_text", f"`{there[0]}` {found}: nothing to learn from")
     return Row(raw.origin, text=text)
