@@ -226,7 +226,7 @@ def _above(
     """Compare candidates; of each row, the pair with the largest share (the earliest of equals) is kept."""
     pairs = np.zeros(0, np.int64)
     for row, other in candidates:  # one band after another: those that are alike meet again in most of them
-        pairs = np.union1d(pairs, row * len(theirs) + other)
+        pairs = _distinct(np.concatenate([pairs, row * len(theirs) + other]))
     row, other = np.divmod(pairs, max(1, len(theirs)))
     step = _BLOCK // BINS
     share = np.concatenate(
@@ -237,6 +237,12 @@ def _above(
     best = np.lexsort((other, -share, row))
     rows, first = np.unique(row[best], return_index=True)
     return rows, other[best][first], share[best][first]
+
+
+def _distinct(values: NDArray[np.int64]) -> NDArray[np.int64]:
+    """As ``np.unique``, whose hash table is many times slower than sorting."""
+    values = np.sort(values)
+    return values[np.concatenate([[True], values[1:] != values[:-1]])] if len(values) else values
 
 
 def _share(ours: Sketch, theirs: Sketch) -> NDArray[np.float64]:
