@@ -287,6 +287,7 @@ def test_an_array_in_json_lines_is_told_from_rows_that_are_arrays(tmp_path: Path
         (b"PK\x03\x04....", "unzip "),
         (b"PAR1\x15....", r"rename it to end in \.parquet"),
     ],
+    ids=["gzip", "bzip2", "xz", "zstandard", "zip", "parquet"],  # and not their bytes: gzip writes down the second
 )
 def test_a_file_of_another_kind_is_known_by_its_first_bytes(tmp_path: Path, content: bytes, way_out: str) -> None:
     with pytest.raises(DataError, match=way_out):
