@@ -24,7 +24,7 @@ from truetune.checkpoint.shards import ShardWriter
 from truetune.config.quant import QuantRecipe
 from truetune.export.quantize import config_of
 from truetune.models.load import skeleton
-from truetune.ops.blockwise import NESTED, Nested, Packed4
+from truetune.ops.blockwise_4bit import NESTED, Nested, Packed4
 from truetune.quant import bnb_state
 from truetune.quant.replace import quantisable
 

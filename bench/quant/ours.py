@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bench.peers.answers import Job, digest, parameters, serve, state_bytes, weight
 from truetune.ops import codebooks
-from truetune.ops.blockwise import Packed4, dequantize_4bit, quantize_4bit
+from truetune.ops.blockwise_4bit import Packed4, dequantize_4bit, quantize_4bit
 
 
 def quantize(shape: list[int], dtype: str, double: bool) -> Job:

@@ -16,14 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from truetune.errors import QuantizationError
 from truetune.ops import codebooks, dispatch
-from truetune.ops.blockwise import (
-    BLOCKSIZES,
-    Packed4,
-    dequantize_4bit,
-    dequantize_8bit,
-    quantize_4bit,
-    quantize_8bit,
-)
+from truetune.ops.blockwise_4bit import BLOCKSIZES, Packed4, dequantize_4bit, quantize_4bit
+from truetune.ops.blockwise_8bit import dequantize_8bit, quantize_8bit
 from truetune.ops.codebooks import Kind4
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "blockwise.json").read_text(encoding="utf-8"))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from truetune.ops import blockwise, codebooks, dispatch
+from truetune.ops import blockwise_8bit, codebooks, dispatch
 from truetune.ops.moment_codes import encode_, moment_map, nearest_entries
 from truetune.ops.optim8bit import Moment, square_sums, step
 from truetune.ops.update_rule import SIGNED, Rule
@@ -111,7 +111,7 @@ def test_codes_are_the_nearest(tier: str, kind: str) -> None:
     n, signs = 1111, SIGNED[RULES[kind].kind]
     eight, wide = stepped(kind, 8, n, gradients(n, 1)), stepped(kind, 32, n, gradients(n, 1))
     for index, signed in enumerate(signs, 1):
-        codes, absmax = blockwise.quantize_8bit(wide[index], codebooks.dynamic(signed=signed))
+        codes, absmax = blockwise_8bit.quantize_8bit(wide[index], codebooks.dynamic(signed=signed))
         assert torch.equal(eight[index], codes)
         assert torch.equal(eight[index + len(signs)], absmax)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from packed import KINDS, linear, values
 from reference.norms import distance
-from truetune.ops.blockwise import dequantize_4bit
+from truetune.ops.blockwise_4bit import dequantize_4bit
 from truetune.quant import bnb_state
 from truetune.quant.linear8bit import Linear8bit
 from truetune.quant.replace import quantised

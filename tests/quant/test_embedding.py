@@ -13,7 +13,7 @@ from packed import values
 from reference.norms import distance
 from truetune.errors import QuantizationError
 from truetune.ops import int8
-from truetune.ops.blockwise import dequantize_4bit, quantize_4bit
+from truetune.ops.blockwise_4bit import dequantize_4bit, quantize_4bit
 from truetune.quant.embedding import Embedding4bit, Embedding8bit, QuantEmbedding
 
 KINDS: dict[str, Callable[[nn.Embedding], QuantEmbedding]] = {

@@ -16,7 +16,7 @@ from packed import KINDS, linear, values
 from reference.norms import distance
 from truetune.config.quant import QuantRecipe
 from truetune.errors import QuantizationError
-from truetune.ops.blockwise import dequantize_4bit, quantize_4bit
+from truetune.ops.blockwise_4bit import dequantize_4bit, quantize_4bit
 from truetune.quant.base import QuantLinear
 from truetune.quant.linear4bit import Linear4bit
 from truetune.quant.linear8bit import Linear8bit

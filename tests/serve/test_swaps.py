@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -73,76 +73,75 @@ def test_every_answer_is_of_one_adapter(
         live.settle()
 
 
-def test_a_request_that_was_worded_for_another_is_not_begun(
-    start: Callable[..., Any], tiny_model: Path, two: list[Path], tmp_path: Path
-) -> None:
+@pytest.fixture
+def linked(start: Callable[..., Any], tiny_model: Path, two: list[Path], tmp_path: Path) -> Iterator[tuple[Any, Path]]:
+    """A server whose one adapter is a link to the first of the two, and the link."""
     link = tmp_path / "own"
     point(link, two[0])
     with start(model=str(tiny_model), served_name="base", adapters=(f"own={link}",)) as live:
-        engine, stamp = live.service.engine, stamp_of(two[0])
-        assert engine.submit(Request([1, 2], "own", stamp=stamp, max_new_tokens=2)).result().finish == "length"
-        point(link, two[1])
-        with pytest.raises(AdapterChangedError):
-            engine.submit(Request([1, 2], "own", stamp=stamp))
-        assert engine.submit(Request([1, 2], "own", max_new_tokens=2)).result().finish == "length"
-        assert live.service.catalogue.get("own").stamp == stamp_of(two[1])
+        yield live, link
+
+
+def test_a_request_that_was_worded_for_another_is_not_begun(linked: tuple[Any, Path], two: list[Path]) -> None:
+    live, link = linked
+    engine, stamp = live.service.engine, stamp_of(two[0])
+    assert engine.submit(Request([1, 2], "own", stamp=stamp, max_new_tokens=2)).result().finish == "length"
+    point(link, two[1])
+    with pytest.raises(AdapterChangedError):
+        engine.submit(Request([1, 2], "own", stamp=stamp))
+    assert engine.submit(Request([1, 2], "own", max_new_tokens=2)).result().finish == "length"
+    assert live.service.catalogue.get("own").stamp == stamp_of(two[1])
 
 
 def test_a_prompt_is_worded_anew_where_the_adapter_changed_in_between(
-    start: Callable[..., Any], tiny_model: Path, two: list[Path], tmp_path: Path
+    linked: tuple[Any, Path], tiny_model: Path, two: list[Path]
 ) -> None:
-    link = tmp_path / "own"
-    point(link, two[0])
-    with start(model=str(tiny_model), served_name="base", adapters=(f"own={link}",)) as live:
-        tokenizer, seen = live.service.catalogue.base.speaker.tokenizer, list[str]()
-        submit = live.service.engine.submit
+    live, link = linked
+    tokenizer, seen = live.service.catalogue.base.speaker.tokenizer, list[str]()
+    submit = live.service.engine.submit
 
-        def between(request: Request, *more: Any) -> Any:
-            seen.append(tokenizer.decode(list(request.prompt_ids)))
-            point(link, two[1])
-            return submit(request, *more)
+    def between(request: Request, *more: Any) -> Any:
+        seen.append(tokenizer.decode(list(request.prompt_ids)))
+        point(link, two[1])
+        return submit(request, *more)
 
-        live.service.engine.submit = between  # type: ignore[method-assign]
-        status, _, body = live.ask(CHAT, ASKED)
-        assert (status, seen) == (200, WORDED)
-        assert json.loads(body)["choices"][0]["message"]["content"] == greedy(tiny_model, two[1], WORDED[1], 8)
-        assert json.loads(body)["usage"]["prompt_tokens"] == len(tokenizer.encode([WORDED[1]])[0])
-        assert live.service.metrics.prompt_tokens["own"] == len(tokenizer.encode([WORDED[1]])[0])
+    live.service.engine.submit = between  # type: ignore[method-assign]
+    status, _, body = live.ask(CHAT, ASKED)
+    assert (status, seen) == (200, WORDED)
+    assert json.loads(body)["choices"][0]["message"]["content"] == greedy(tiny_model, two[1], WORDED[1], 8)
+    assert json.loads(body)["usage"]["prompt_tokens"] == len(tokenizer.encode([WORDED[1]])[0])
+    assert live.service.metrics.prompt_tokens["own"] == len(tokenizer.encode([WORDED[1]])[0])
 
 
-def test_files_that_change_while_they_are_read_are_read_again(
-    start: Callable[..., Any], tiny_model: Path, two: list[Path], tmp_path: Path
-) -> None:
+def test_files_that_change_while_they_are_read_are_read_again(linked: tuple[Any, Path], two: list[Path]) -> None:
     """Settings of one adapter beside the weights of another would be neither."""
-    link = tmp_path / "own"
-    point(link, two[0])
-    with start(model=str(tiny_model), served_name="base", adapters=(f"own={link}",)) as live:
-        over = threading.Event()
+    live, link = linked
+    over = threading.Event()
 
-        def swap() -> None:
-            number = 0
-            while not over.is_set():
-                number += 1
-                point(link, two[number % 2])
+    def swap() -> None:
+        number = 0
+        while not over.is_set():
+            number += 1
+            point(link, two[number % 2])
 
-        swapping = threading.Thread(target=swap)
-        swapping.start()
-        ranks = set()
-        try:
-            for _ in range(60):
-                try:
-                    loaded = live.service.engine.adapters.get("own")
-                except AdapterError as error:
-                    assert "written to while" in error.message  # noqa: PT017
-                    continue
-                assert loaded.terms is not None
-                (rank,) = {len(term.a) for term in loaded.terms.values() if term.a is not None}
-                assert loaded.stamp == stamp_of(two[0] if rank == 2 else two[1])
-                ranks.add(rank)
-        finally:
-            over.set()
-            swapping.join()
-        assert ranks
+    swapping = threading.Thread(target=swap)
+    swapping.start()
+    ranks = set()
+    try:
+        for _ in range(60):
+            try:
+                loaded = live.service.engine.adapters.get("own")
+            except AdapterError as error:
+                assert "written to while" in error.message  # noqa: PT017
+                continue
+            assert loaded.terms is not None
+            (rank,) = {len(term.a) for term in loaded.terms.values() if term.a is not None}
+            assert loaded.stamp == stamp_of(two[0] if rank == 2 else two[1])
+            ranks.add(rank)
+    finally:
+        over.set()
+        swapping.join()
+    assert ranks
 
 
 def test_jobs_name_the_adapter_they_are_worded_for(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -94,28 +95,34 @@ def name_map(arch: Arch, config: Any) -> Callable[[str], str | None]:
     return named
 
 
-def laid_out(arch: Arch, config: Any, name: str) -> Callable[[Tensor], Tensor]:
+Turn = Callable[[Tensor], Tensor]
+
+
+def laid_out(arch: Arch, config: Any, name: str) -> Turn:
     """What is done to the values of a tensor, by its name in the GGUF."""
-    if not arch.rotates_halves and ".attn_q." in name:
-        return lambda rows: side_by_side(rows, config.num_attention_heads)
-    if not arch.rotates_halves and ".attn_k." in name:
-        return lambda rows: side_by_side(rows, config.num_key_value_heads or config.num_attention_heads)
-    if arch.norm_plus_one and name.endswith("norm.weight"):
-        return lambda weight: weight + 1
-    if _is_transposed(arch, name):
-        return lambda weight: weight.T.contiguous()
-    return lambda weight: weight
+    return _to_and_fro(arch, config, name)[0]
 
 
-def restored(arch: Arch, config: Any, name: str) -> Callable[[Tensor], Tensor]:
+def restored(arch: Arch, config: Any, name: str) -> Turn:
     """What undoes ``laid_out``."""
-    if not arch.rotates_halves and ".attn_q." in name:
-        return lambda rows: halves_apart(rows, config.num_attention_heads)
-    if not arch.rotates_halves and ".attn_k." in name:
-        return lambda rows: halves_apart(rows, config.num_key_value_heads or config.num_attention_heads)
+    return _to_and_fro(arch, config, name)[1]
+
+
+def _to_and_fro(arch: Arch, config: Any, name: str) -> tuple[Turn, Turn]:
+    if not arch.rotates_halves and (".attn_q." in name or ".attn_k." in name):
+        heads = config.num_attention_heads
+        if ".attn_k." in name:
+            heads = config.num_key_value_heads or heads
+        return functools.partial(side_by_side, heads=heads), functools.partial(halves_apart, heads=heads)
     if arch.norm_plus_one and name.endswith("norm.weight"):
-        return lambda weight: weight - 1
-    return laid_out(arch, config, name)  # turned over twice is as before
+        return lambda weight: weight + 1, lambda weight: weight - 1
+    if _is_transposed(arch, name):
+        return _transposed, _transposed
+    return lambda weight: weight, lambda weight: weight
+
+
+def _transposed(weight: Tensor) -> Tensor:
+    return weight.T.contiguous()
 
 
 def stored_shape(arch: Arch, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:

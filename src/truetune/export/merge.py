@@ -119,16 +119,9 @@ def merge_checkpoint(
     plan = _plan(entries, edits, drop)
     total = sum(tensor.nbytes for tensor in plan)
     beside = sum(len(content) if isinstance(content, bytes) else content.stat().st_size for content in files.values())
-    done = 0
+    identity = identity and f"{identity} {max_shard_bytes}"
     with (
-        _partial(
-            base,
-            out.resolve(),
-            files,
-            plan,
-            needed=total + beside,
-            identity=identity and f"{identity} {max_shard_bytes}",
-        ) as partial,
+        _partial(base, out.resolve(), files, plan, needed=total + beside, identity=identity) as partial,
         ShardWriter(
             partial.path,
             plan,
@@ -137,26 +130,37 @@ def merge_checkpoint(
             kept=partial.kept,
         ) as writer,
     ):
-        waiting = [tensor.name for tensor in plan if writer.waits_for(tensor.name)]
-        whole = [edits[name] for name in waiting if name in edits]
-        made = _made_ahead([edit for edit in whole if not isinstance(edit, RowEdit)], entries)
-        for tensor in plan:
-            if writer.waits_for(tensor.name):
-                edit = edits.get(tensor.name)
-                if isinstance(edit, RowEdit):
-                    _write_by_rows(writer, tensor, entries[tensor.name], edit)
-                elif edit is not None:
-                    writer.write(tensor.name, next(made))
-                else:
-                    writer.write_from(entries[tensor.name])
-            done += tensor.nbytes
-            if progress is not None:
-                progress(done, total)
+        _write(writer, plan, entries, edits, progress or (lambda done, total: None))
     edited = sum(not isinstance(edit, Addition) for edit in edits.values())
     added = len(edits) - edited
     return MergeReport(
         len(plan) - len(edits), edited, added, len(set(drop)), total, tuple(sorted(files)), len(partial.kept)
     )
+
+
+def _write(
+    writer: ShardWriter,
+    plan: Sequence[PlannedTensor],
+    entries: Mapping[str, TensorEntry],
+    edits: Mapping[str, Change],
+    progress: Callable[[int, int], None],
+) -> None:
+    """Every tensor that an earlier attempt left to be written: made anew, changed as it passes by, or as it is."""
+    total, done = sum(tensor.nbytes for tensor in plan), 0
+    waiting = [tensor.name for tensor in plan if writer.waits_for(tensor.name)]
+    whole = [edits[name] for name in waiting if name in edits]
+    made = _made_ahead([edit for edit in whole if not isinstance(edit, RowEdit)], entries)
+    for tensor in plan:
+        if writer.waits_for(tensor.name):
+            edit = edits.get(tensor.name)
+            if isinstance(edit, RowEdit):
+                _write_by_rows(writer, tensor, entries[tensor.name], edit)
+            elif edit is not None:
+                writer.write(tensor.name, next(made))
+            else:
+                writer.write_from(entries[tensor.name])
+        done += tensor.nbytes
+        progress(done, total)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Moments of an optimizer as codes of the dynamic maps: those of ``ops.blockwise``, found with one lookup per value."""
+"""An optimizer's moments as codes of the dynamic maps: those of ``ops.blockwise_8bit``, by one lookup per value."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from truetune.ops import codebooks
-
-_LEAST = 1e-38  # as in ops.blockwise: blocks below it are scaled as if they had it, so that 1 / absmax is finite
+from truetune.ops.blockwise_8bit import LEAST
 
 
 @cache
@@ -60,7 +59,7 @@ def encode_(codes: Tensor, absmax: Tensor, values: Tensor, *, signed: bool, bloc
     blocks = torch.nn.functional.pad(values, (0, -n % blocksize)) if n % blocksize else values
     blocks = blocks.view(-1, blocksize)
     torch.amax(blocks.abs() if signed else blocks, 1, out=absmax)
-    bits = (blocks * (1.0 / absmax.clamp_min(_LEAST))[:, None]).view(-1)[:n].view(torch.int32)
+    bits = (blocks * (1.0 / absmax.clamp_min(LEAST))[:, None]).view(-1)[:n].view(torch.int32)
     upper = bits >> 16
     if signed:
         upper.bitwise_and_(0xFFFF)

@@ -1,8 +1,8 @@
 """A step of an optimizer whose moments are kept in 8 bits, block by block (Dettmers et al. 2022, arXiv:2110.02861).
 
 Moments are decoded, advanced in float32 and encoded again; the parameter takes its step from the new moments before
-they are rounded to codes. A code is the exact nearest (``ops.blockwise``), so a zero stays zero, and no sign turns:
-what is nearer to 0 than to the least code becomes 0.
+they are rounded to codes. A code is the exact nearest (``ops.blockwise_8bit``), so a zero stays zero, and no sign
+turns: what is nearer to 0 than to the least code becomes 0.
 
 Moments in float32 take the same path, which is how small tensors and the 32-bit optimizers step.
 """

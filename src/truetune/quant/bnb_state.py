@@ -16,7 +16,7 @@ from torch import Tensor
 
 from truetune.errors import QuantizationError
 from truetune.ops import codebooks
-from truetune.ops.blockwise import Nested, Packed4
+from truetune.ops.blockwise_4bit import Nested, Packed4
 from truetune.ops.codebooks import Kind4
 
 STATE = ".quant_state.bitsandbytes__"

@@ -11,7 +11,7 @@ from typing_extensions import Self
 
 from truetune.errors import QuantizationError
 from truetune.ops import int8
-from truetune.ops.blockwise import Packed4, dequantize_4bit, quantize_4bit
+from truetune.ops.blockwise_4bit import Packed4, dequantize_4bit, quantize_4bit
 from truetune.ops.codebooks import Kind4
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from truetune.errors import QuantizationError
 from truetune.ops import buffers
-from truetune.ops.blockwise import Nested, Packed4, dequantize_4bit, quantize_4bit
+from truetune.ops.blockwise_4bit import Nested, Packed4, dequantize_4bit, quantize_4bit
 from truetune.ops.codebooks import Kind4
 from truetune.ops.frozen import FrozenLinear
 from truetune.quant import bnb_state

@@ -1,13 +1,7 @@
-"""Block-wise quantisation to 4 and 8 bits, to the bit as bitsandbytes defines it.
+"""Block-wise quantisation to 4 bits, to the bit as bitsandbytes defines it.
 
-A tensor is cut into blocks of its values in memory order (row-major). A block keeps the largest of its magnitudes,
-absmax, in float32; each value is stored as the code whose entry of a codebook is nearest to value / absmax. In 4 bits
-this is the NF4 or FP4 of QLoRA (Dettmers et al. 2023, arXiv:2305.14314), where absmax may be quantised in turn ("double
-quantisation"); in 8 bits, with a map of 256 values, it is how optimizer states are kept (Dettmers et al. 2022,
-arXiv:2110.02861).
-
-Which entry is nearest is decided exactly (``ops/nearest.py``), from value · (1 / absmax) in float32: codes are the same
-in every tier and on every device.
+This is the NF4 or FP4 of QLoRA (Dettmers et al. 2023, arXiv:2305.14314), in blocks as ``ops/blockwise_8bit`` has them;
+absmax may be quantised in turn, to 8 bits ("double quantisation").
 """
 
 from __future__ import annotations
@@ -18,15 +12,21 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from truetune.errors import QuantizationError
 from truetune.ops import codebooks, dispatch, nearest, pieces
+from truetune.ops.blockwise_8bit import (
+    check_finite,
+    check_source,
+    dequantize_8bit,
+    quantize_8bit,
+    rescale_,
+    scaled_ranks,
+)
 from truetune.ops.codebooks import Kind4
 from truetune.ops.native import blockwise as kernels
 from truetune.ops.nearest import Search
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED = 256  # blocks per block of double quantisation
-_LEAST = 1e-38  # blocks below it are scaled as if they had it, so that 1 / absmax is finite
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +91,7 @@ def quantize_4bit(x: Tensor, kind: Kind4 = "nf4", *, blocksize: int = 64, double
         raise ValueError(f"kind {kind!r}: expected nf4 or fp4")
     if blocksize not in BLOCKSIZES:
         raise ValueError(f"blocksize {blocksize}: expected one of {', '.join(map(str, BLOCKSIZES))}")
-    _check_source(x)
+    check_source(x)
     codes = torch.empty((x.numel() + 1) // 2, dtype=torch.uint8, device=x.device)
     absmax = torch.empty(-(-x.numel() // blocksize), dtype=torch.float32, device=x.device)
     search, order = nearest.of_kind(kind, x.device), nearest.order(kind, x.device)
@@ -103,7 +103,7 @@ def quantize_4bit(x: Tensor, kind: Kind4 = "nf4", *, blocksize: int = 64, double
             )
         else:
             _quantize_4bit(part, into, scales, search, order, blocksize)
-    _check_finite(absmax, x)
+    check_finite(absmax, x)
     nested = _nested(absmax) if double else None
     return Packed4(codes, None if double else absmax, nested, kind, blocksize, tuple(x.shape), x.dtype)
 
@@ -138,92 +138,8 @@ def dequantize_4bit(
     return out
 
 
-def quantize_8bit(x: Tensor, code: Tensor, *, blocksize: int = 256) -> tuple[Tensor, Tensor]:
-    """Quantise to the nearest of 256 values.
-
-    Args:
-        x: any shape, strides and floating dtype; float64 is rounded to float32 first.
-        code: float32 [256], ascending. Where it has 0, a zero stays one.
-        blocksize: values per absmax.
-    Returns:
-        The codes, uint8 of the shape of ``x``, and absmax, float32 [blocks].
-    Raises:
-        QuantizationError: values that are not finite (it says how many), not floating, or on the meta device.
-    """
-    assert code.shape == (256,)
-    _check_source(x)
-    codes = torch.empty(x.numel(), dtype=torch.uint8, device=x.device)
-    absmax = torch.empty(-(-x.numel() // blocksize), dtype=torch.float32, device=x.device)
-    search = nearest.of_code(code, x.device)
-    for start, part in pieces.of(x, blocksize):
-        into, scales = codes[start:], absmax[start // blocksize :]
-        if library := dispatch.native(part):
-            kernels.quantize_8bit(
-                library, part, into, scales, base=search.small_base, thresholds=search.thresholds,
-                steps=search.steps, blocksize=blocksize,
-            )  # fmt: skip
-        else:
-            ranks = _ranks(part, scales, search, blocksize)
-            into[: len(part)].copy_(ranks[: len(part)])
-    _check_finite(absmax, x)
-    return codes.view(x.shape), absmax
-
-
-def dequantize_8bit(
-    codes: Tensor,
-    absmax: Tensor,
-    code: Tensor,
-    *,
-    blocksize: int = 256,
-    dtype: torch.dtype = torch.float32,
-    out: Tensor | None = None,
-) -> Tensor:
-    """Computes code[codes] · absmax in float32, rounded once.
-
-    Args:
-        codes: uint8, any shape, contiguous.
-        absmax: float32 [blocks].
-        code: float32 [256].
-        out: where to put the result: contiguous, of the shape of ``codes`` and of ``dtype``.
-    Returns:
-        [*codes.shape] of ``dtype``.
-    """
-    out = torch.empty(codes.shape, dtype=dtype, device=codes.device) if out is None else out
-    assert (out.shape, out.dtype) == (codes.shape, dtype)
-    assert out.is_contiguous()
-    flat, into = codes.view(-1), out.view(-1)
-    if library := dispatch.native(into, code):
-        kernels.dequantize_8bit(library, flat, absmax, code, into, blocksize=blocksize)
-        return out
-    step = pieces.length(blocksize)
-    for start in range(0, len(flat), step):
-        values = code.index_select(0, flat[start : start + step].int())
-        into[start : start + step].copy_(_scaled_(values, absmax[start // blocksize :], blocksize))
-    return out
-
-
 def _count(shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel()
-
-
-def _check_source(x: Tensor) -> None:
-    if x.is_meta:
-        raise QuantizationError(
-            "on the meta device, which holds no values", ("way out", "load the values first, then quantise them")
-        )
-    if not x.is_floating_point():
-        name = str(x.dtype).removeprefix("torch.")
-        raise QuantizationError(f"values of type {name}", ("expected", "a floating type"))
-
-
-def _check_finite(absmax: Tensor, x: Tensor) -> None:
-    if bool(absmax.isfinite().all()):
-        return
-    bad = sum(int((~part.isfinite()).sum()) for _, part in pieces.of(x, 1))
-    raise QuantizationError(
-        f"{bad:,} of {x.numel():,} values are not finite in float32",
-        ("way out", "weights like these come from a diverged run or a damaged file: take an earlier checkpoint"),
-    )
 
 
 def _range(shape: tuple[int, ...], rows: slice | None) -> tuple[int, tuple[int, ...]]:
@@ -254,18 +170,10 @@ def _scales(packed: Packed4, first: int, stop: int) -> Tensor:
     return scales[first - start :].add_(nested.offset)
 
 
-def _ranks(values: Tensor, absmax: Tensor, search: Search, blocksize: int) -> Tensor:
-    """Int32 [n, up to a whole block]: how many thresholds lie below each of ``values`` [n], scaled. Fills absmax."""
-    values = torch.nn.functional.pad(values.float(), (0, -len(values) % blocksize)).view(-1, blocksize)
-    largest = values.abs().amax(1)
-    absmax[: len(largest)].copy_(largest)
-    return search.ranks((values * (1.0 / largest.clamp_min(_LEAST))[:, None]).view(-1))
-
-
 def _quantize_4bit(
     values: Tensor, codes: Tensor, absmax: Tensor, search: Search, order: Tensor | None, blocksize: int
 ) -> None:
-    pairs = _ranks(values, absmax, search, blocksize).view(-1, 2)[: (len(values) + 1) // 2]
+    pairs = scaled_ranks(values, absmax, search, blocksize).view(-1, 2)[: (len(values) + 1) // 2]
     packed = pairs[:, 0] * 16 + pairs[:, 1]
     codes[: len(packed)].copy_(packed if order is None else order.index_select(0, packed))
 
@@ -290,15 +198,6 @@ def _dequantize_4bit(packed: Packed4, start: int, out: Tensor) -> None:
         direct = out.dtype == torch.float32 and len(into) == 2 * len(codes) and into.storage_offset() % 2 == 0
         values = into if direct else room[: 2 * len(codes)]
         torch.index_select(table, 0, codes.int(), out=values.view(torch.int64))
-        _scaled_(values, scales[piece // size - first :], size)
+        rescale_(values, scales[piece // size - first :], size)
         if not direct:
             into.copy_(values[low - piece : high - piece])
-
-
-def _scaled_(values: Tensor, absmax: Tensor, blocksize: int) -> Tensor:
-    """Multiply the blocks of ``values`` [n], the last of which may be short, by absmax [blocks] in place."""
-    whole = len(values) // blocksize
-    values[: whole * blocksize].view(-1, blocksize).mul_(absmax[:whole, None])
-    if len(values) % blocksize:
-        values[whole * blocksize :].mul_(absmax[whole])
-    return values
