@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class TruetuneError(Exception):
@@ -102,6 +103,22 @@ def nearest(word: str, options: Iterable[str]) -> str:
     by_lower = {option.lower(): option for option in options}
     matches = difflib.get_close_matches(word.lower(), sorted(by_lower), n=1)
     return by_lower[matches[0]] if matches else ""
+
+
+def beside(path: Path) -> str:
+    """What lies where ``path`` was looked for and has almost its name, or ``""``."""
+    try:
+        close = nearest(path.name, (entry.name for entry in path.parent.iterdir()))
+    except OSError:
+        return ""
+    return str(path.parent / close) if close else ""
+
+
+def why_unread(error: Exception) -> str:
+    """What the system said when a file was opened or read as text, without its number and path."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return "it is not UTF-8" if isinstance(error, UnicodeError) else str(error)
 
 
 def counted(number: int, one: str, many: str = "") -> str:

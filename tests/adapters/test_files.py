@@ -218,8 +218,10 @@ def test_a_broken_config_is_an_error_that_names_it(saved: Path, content: bytes) 
 def test_a_folder_that_is_no_adapter_points_to_one_nearby(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=rf"is no adapter(.|\n)*pass {saved}"):
         files.read(tmp_path)
-    with pytest.raises(AdapterError, match="there is no folder"):
-        files.read(tmp_path / "nowhere")
+    with pytest.raises(AdapterError, match=rf"there is no folder(.|\n)*did you mean +{saved}"):
+        files.read(saved.with_name(saved.name + "s"))
+    with pytest.raises(AdapterError, match=r"is a file(.|\n)*the folder that holds"):
+        files.read(saved / files.CONFIG)
     (saved / files.WEIGHTS).unlink()
     with pytest.raises(AdapterError, match=r"has no adapter_model\.safetensors"):
         files.read(saved)

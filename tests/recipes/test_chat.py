@@ -71,8 +71,9 @@ def test_mistakes_are_said_and_the_conversation_goes_on(
         "never asked",
     )
     _, said, result = say(capsys, monkeypatch, tiny_model, *lines)
-    for expected in ("there is no /adaptor", "did you mean   adapter", "there is no adapter 'nobody'", "is no adapter",
-                     "/save needs a file's name", "/base needs a question", "made for at most 256"):  # fmt: skip
+    for expected in ("there is no /adaptor", "did you mean   adapter", "there is no adapter 'nobody'",
+                     "there is no folder /nowhere", "/save needs a file's name", "/base needs a question",
+                     "made for at most 256"):  # fmt: skip
         assert expected in said
     assert result == {"turns": 0, "new_tokens": 0}
 

@@ -56,6 +56,6 @@ def test_a_weight_that_is_no_number_is_part_of_the_folders_name(
 ) -> None:
     asked = ["generate", "--model", str(tiny_model), "--prompt", "x"]
     assert main([*asked, "--adapter", f"{adapters[0]}=half"]) == 2
-    assert f"{adapters[0]}=half is no adapter" in " ".join(capsys.readouterr().err.split())
+    assert f"there is no folder {adapters[0]}=half" in " ".join(capsys.readouterr().err.split())
     assert main([*asked, "--adapter", adapters[0], f"{adapters[0]}=2"]) == 2
     assert "given twice" in capsys.readouterr().err

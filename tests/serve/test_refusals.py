@@ -294,8 +294,13 @@ def test_adapters_that_do_not_belong_are_refused_at_the_start(
         start(model=str(tiny_model), adapters=(f"wrong={tmp_path / 'all' / 'wrong'}",)),
     ):
         pass
-    with start(model=str(tiny_model), served_name="base", adapters=(str(tmp_path / "all"),)) as live:
-        assert "cut is not served" in capsys.readouterr().err  # the other's weights are looked at when it is asked for
+    (tmp_path / "none").mkdir()
+    folders = (str(tmp_path / "all"), str(tmp_path / "none"))
+    with start(model=str(tiny_model), served_name="base", adapters=folders) as live:
+        said = " ".join(capsys.readouterr().err.split())
+        assert "cut is not served" in said  # the other's weights are looked at when it is asked for
+        assert said.count("holds no adapter yet") == 1
+        assert "none holds no adapter yet" in said
         for name in ("wrong", "cut"):
             assert live.refused(CHAT, chat(model=name))[0] == 503
         assert live.ask(CHAT, SMALL)[0] == 200

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from truetune.adapters.beneath import lay
-from truetune.adapters.folder import digest, nearby, read_json, read_pickle, write_json
+from truetune.adapters.folder import digest, no_adapter, read_json, read_pickle, write_json
 from truetune.adapters.inject import Attachment, attach, attach_rows, attachment, detach, tied_paths
 from truetune.adapters.methods import module_of
 from truetune.adapters.names import CARD as CARD
@@ -100,7 +100,7 @@ def read(folder: Path, *, mapped: bool = True) -> AdapterFile:
         AdapterError: not an adapter folder, or a file in it that can't be read.
     """
     if not (folder / CONFIG).is_file():
-        raise AdapterError(f"{folder} is no adapter: it has no {CONFIG}", ("way out", nearby(folder)))
+        raise no_adapter(folder)
     config = read_json(folder / CONFIG)
     card = read_json(folder / CARD) if (folder / CARD).is_file() else {}
     if (folder / WEIGHTS).is_file():

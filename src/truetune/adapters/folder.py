@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from truetune.adapters.names import CONFIG
-from truetune.errors import AdapterError
+from truetune.errors import AdapterError, beside
 
 
 def digest(path: Path) -> str:
@@ -33,14 +33,16 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def nearby(folder: Path) -> str:
-    """A folder with an adapter close to where the user looked."""
+def no_adapter(folder: Path) -> AdapterError:
+    """Why there is no adapter, and where the nearest one is."""
     if folder.is_file():
-        return "pass the folder that holds an adapter, not a file"
+        return AdapterError(f"{folder} is a file", ("way out", "pass the folder that holds the adapter"))
+    expected = ("expected", f"an adapter's folder, with {CONFIG}")
     if not folder.is_dir():
-        return f"there is no folder {folder}"
+        return AdapterError(f"there is no folder {folder}", ("did you mean", beside(folder)), expected)
     found = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
-    return f"pass {found[0]}" if found else "pass the folder that holds it"
+    way_out = f"pass {found[0]}" if found else "pass the folder that holds it"
+    return AdapterError(f"{folder} is no adapter: it has no {CONFIG}", ("way out", way_out))
 
 
 def read_json(path: Path) -> dict[str, Any]:

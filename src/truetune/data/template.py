@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from truetune.data.schema import Message
 from truetune.data.templates import BUILT_IN, needed_tokens
-from truetune.errors import TemplateError, nearest
+from truetune.errors import TemplateError, nearest, why_unread
 
 
 class TextEncoder(Protocol):
@@ -200,4 +200,4 @@ def _from_file(setting: str) -> Template:
     try:
         return Template(setting, path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise TemplateError(f"--template: {setting} can't be read: {error}") from None
+        raise TemplateError(f"--template: {setting} can't be read: {why_unread(error)}") from None

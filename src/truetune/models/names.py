@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from truetune.errors import ModelError, nearest
+from truetune.errors import ModelError, beside, nearest
 
 
 def is_local(name: str) -> bool:
@@ -48,12 +48,10 @@ def model_folder(name: str) -> Path:
     """
     path = Path(name).expanduser()
     if not path.is_dir():
-        siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
-        close = nearest(path.name, siblings)
         what = "is a file, not a folder" if path.exists() else ""
         raise ModelError(
             f"--model: {name} {what}" if what else f"--model: there is no folder {name}",
-            ("did you mean", str(path.parent / close) if close and not what else ""),
+            ("did you mean", "" if what else beside(path)),
             ("expected", "a folder with config.json and model.safetensors, or a Hub name like org/model"),
         )
     if not (path / "config.json").is_file():

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from truetune.config.generate import GenerateConfig
-from truetune.errors import DataError
+from truetune.errors import DataError, beside, why_unread
 from truetune.generate import grammar
 
 
@@ -22,7 +22,8 @@ def form_of(config: GenerateConfig) -> str | None:
     try:
         schema = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"--json-schema: {path} can't be read: {error}") from None
+        found = f"--json-schema: {path} can't be read: {why_unread(error)}"
+        raise DataError(found, ("did you mean", "" if path.exists() else beside(path))) from None
     if not isinstance(schema, dict):
         raise DataError(f"--json-schema: {path} holds no schema", ("expected", 'an object such as {"type": "object"}'))
     return grammar.whole(grammar.of_json(schema))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from truetune.config.generate import GenerateConfig
 from truetune.data.schema import Message
-from truetune.errors import DataError, OutputError, StoppedError, TruetuneError, counted
+from truetune.errors import DataError, OutputError, StoppedError, TruetuneError, beside, counted, why_unread
 from truetune.generate.engine import Engine
 from truetune.generate.request import Handle, Request
 from truetune.train.log import Screen, whole_rows
@@ -60,7 +60,8 @@ def read(path: Path, output: Path) -> Jobs:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--input: {path} can't be read: {error}") from None
+        found = f"--input: {path} can't be read: {why_unread(error)}"
+        raise DataError(found, ("did you mean", "" if path.exists() else beside(path))) from None
     jobs = [_job(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not jobs:
         raise DataError(f"--input: {path} has no rows", ("expected", '{"prompt": "…"} in each line'))

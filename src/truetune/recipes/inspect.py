@@ -170,7 +170,7 @@ def _run(path: Path) -> dict[str, Any]:
         "data": flat.get("data"),
         "method": flat.get("method"),
         "steps": losses[-1]["step"] if losses else 0,
-        "loss": losses[-1]["loss"] if losses else None,
+        "loss": round(losses[-1]["loss"], 6) if losses else None,
         "newest_checkpoint": str(newest) if newest else None,
         "damaged_checkpoints": [str(p) for p in damaged],
         "result": result,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from truetune.adapters import files
 from truetune.config.verify import VerifyConfig
-from truetune.errors import AdapterError, CheckpointError, nearest
+from truetune.errors import AdapterError, CheckpointError, beside
 from truetune.recipes import verify_reference
 
 
@@ -30,11 +30,7 @@ def find_target(config: VerifyConfig) -> Target:
     """
     path = Path(config.run).expanduser()
     if not path.is_dir():
-        siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
-        close = nearest(path.name, siblings)
-        raise CheckpointError(
-            f"there is no folder {config.run}", ("did you mean", str(path.parent / close) if close else "")
-        )
+        raise CheckpointError(f"there is no folder {config.run}", ("did you mean", beside(path)))
     if (path / "run.yaml").is_file():
         home, result = path, next((path / name for name in ("adapter", "model") if (path / name).is_dir()), None)
         if result is None:

@@ -138,7 +138,11 @@ class Catalogue:
         Raises:
             TruetuneError: what is wrong with one that was named.
         """
-        for name, folder in self._shelves.find().items():
+        found = self._shelves.find()
+        for folder in self._shelves.folders:
+            if not any(path.parent == folder for path in found.values()):
+                self._screen.note(f"{folder} holds no adapter yet; one that is put there is served")
+        for name, folder in found.items():
             if name in self._shelves.named:
                 self._voices[name] = self._load(name, folder)
                 continue
