@@ -9,11 +9,8 @@ smoothing (Szegedy et al. 2015, arXiv:1512.00567, section 7):
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from truetune.ops import dispatch
 from truetune.ops.native import elementwise
@@ -51,27 +48,4 @@ def softmax_cross_entropy_(
         d = log_p.exp() - smoothing / logits.shape[1]
         d.scatter_add_(1, at, d.new_full(at.shape, smoothing - 1))
         logits.copy_(d * (1 - (capped / softcap).square()) if softcap else d)
-    return losses
-
-
-class _CrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, softcap: float, smoothing: float) -> Tensor:
-        needed = ctx.needs_input_grad[0]
-        d_logits = logits.clone(memory_format=torch.contiguous_format) if needed else logits
-        losses = softmax_cross_entropy_(d_logits, targets, softcap=softcap, smoothing=smoothing, grad=needed)
-        if needed:
-            ctx.save_for_backward(d_logits)
-        return losses
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        (d_logits,) = ctx.saved_tensors
-        return d_logits * g[:, None].to(d_logits.dtype), None, None, None
-
-
-def softmax_cross_entropy(logits: Tensor, targets: Tensor, *, softcap: float = 0.0, smoothing: float = 0.0) -> Tensor:
-    """The losses [n], for autograd; the logits are left alone."""
-    losses: Tensor = _CrossEntropy.apply(logits, targets, softcap, smoothing)  # type: ignore[no-untyped-call]
     return losses

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from truetune.errors import ConfigError, nearest
 from truetune.ops import buffers, dispatch
@@ -108,23 +106,3 @@ def _relu(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 _ACTIVATIONS: dict[str, _Activation] = dict(zip(elementwise.KINDS, (_silu, _gelu, _gelu_tanh, _relu), strict=True))
-
-
-class _Gated(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, kind: str) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        ctx.kind = kind
-        return gated(gate, up, kind)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None]:
-        gate, up = ctx.saved_tensors
-        return *gated_backward(g, gate, up, ctx.kind), None
-
-
-def gated_product(gate: Tensor, up: Tensor, kind: str) -> Tensor:
-    """``gated`` for autograd; gate and up may be [..., i] of any depth."""
-    y: Tensor = _Gated.apply(gate.flatten(0, -2), up.flatten(0, -2), kind)  # type: ignore[no-untyped-call]
-    return y.view(gate.shape)

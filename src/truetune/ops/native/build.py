@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "c"
 _FLAGS = (
-    *("-O3", "-shared", "-fPIC", "-fvisibility=hidden"),
+    *("-O3", "-shared", "-fPIC", "-fvisibility=hidden", "-Werror=implicit-function-declaration"),
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),  # sums keep their order: no -ffast-math
 )
 _SECONDS = 120  # a few are enough; a compiler that hangs on a network drive shall not hang the run

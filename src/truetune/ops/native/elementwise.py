@@ -16,8 +16,8 @@ KINDS = ("silu", "gelu", "gelu_tanh", "relu")  # in the order of the enum in gat
 
 _P, _I64, _I32, _U32, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_uint32, ctypes.c_float
 _ARGUMENTS = {
-    "tt_norm_forward": (_P, _P, _P, _P, _P, _P, _I64, _I64, _I32, _I32, _F, _F),
-    "tt_norm_backward": (_P, _P, _P, _P, _P, _P, _P, _I64, _I64, _I32, _I32, _F),
+    "tt_norm_forward": (_P, _P, _P, _P, _I64, _I64, _I32, _I32, _F, _F),
+    "tt_norm_backward": (_P, _P, _P, _P, _P, _I64, _I64, _I32, _I32, _F),
     "tt_gated_forward": (_P, _I64, _P, _I64, _P, _I64, _I64, _I64, _I32, _I32),
     "tt_gated_backward": (_P, _I64, _P, _I64, _P, _I64, _P, _I64, _P, _I64, _I64, _I64, _I32, _I32),
     "tt_dropout": (_P, _P, _P, _I64, _I64, _I32, _I32, _U32, _F),
@@ -35,67 +35,40 @@ def _functions(library: Library) -> ctypes.CDLL:
     return library.functions
 
 
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _weight(weight: Tensor | None, columns: int) -> tuple[Tensor | None, int | None, int]:
+    """A norm's weight made dense, which has to live as long as its address; that; and the code of its elements."""
+    if weight is None:
+        return None, None, 0
+    assert weight.shape == (columns,)
+    weight = weight.contiguous()
+    return weight, weight.data_ptr(), _CODE[weight.dtype]
 
 
-def _weights(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None, int]:
-    """Weight and bias, dense and of one element type, and its code."""
-    if weight is not None and bias is not None and weight.dtype != bias.dtype:
-        weight, bias = weight.float(), bias.float()
-    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
-    given = bias if weight is None else weight
-    return weight, bias, 0 if given is None else _CODE[given.dtype]
-
-
-def norm(
-    library: Library,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    *,
-    offset: float,
-    centred: bool,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(y, mean, rstd) of x [..., h]; mean is None unless centred (layer norm)."""
+def norm(library: Library, x: Tensor, weight: Tensor | None, eps: float, *, offset: float) -> tuple[Tensor, Tensor]:
+    """(y, r) of x [..., h]."""
     x = x.contiguous()
-    weight, bias, code = _weights(weight, bias)
     columns = x.shape[-1]
     rows = x.numel() // max(columns, 1)
-    assert all(t is None or t.shape == (columns,) for t in (weight, bias))
+    _kept, address, code = _weight(weight, columns)
     y, rstd = buffers.empty_like(x), torch.empty(rows, dtype=torch.float32, device=x.device)
-    mean = torch.empty_like(rstd) if centred else None
     _functions(library).tt_norm_forward(
-        x.data_ptr(), _address(weight), _address(bias), y.data_ptr(), _address(mean), rstd.data_ptr(),
-        rows, columns, _CODE[x.dtype], code, eps, offset,
-    )  # fmt: skip
-    return y, mean, rstd
+        x.data_ptr(), address, y.data_ptr(), rstd.data_ptr(), rows, columns, _CODE[x.dtype], code, eps, offset
+    )
+    return y, rstd
 
 
 def norm_backward(
-    library: Library,
-    g: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor,
-    *,
-    add: Tensor | None,
-    offset: float,
+    library: Library, g: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, *, offset: float
 ) -> Tensor:
-    """The gradient of x [..., h], plus ``add``."""
+    """The gradient of x [..., h]."""
     g, x, rstd = g.contiguous(), x.contiguous(), rstd.contiguous()
-    mean, add = (None if t is None else t.contiguous() for t in (mean, add))
-    weight, _, code = _weights(weight, None)
-    assert weight is None or weight.shape == x.shape[-1:]
     assert g.shape == x.shape
-    assert add is None or add.shape == x.shape
     assert rstd.numel() * x.shape[-1] == x.numel()
     assert rstd.dtype == torch.float32
+    _kept, address, code = _weight(weight, x.shape[-1])
     dx = buffers.empty_like(x)
     _functions(library).tt_norm_backward(
-        g.data_ptr(), x.data_ptr(), _address(weight), _address(mean), rstd.data_ptr(), _address(add), dx.data_ptr(),
+        g.data_ptr(), x.data_ptr(), address, rstd.data_ptr(), dx.data_ptr(),
         rstd.numel(), x.shape[-1], _CODE[x.dtype], code, offset,
     )  # fmt: skip
     return dx

@@ -44,7 +44,7 @@ static void decode_norm(const decode_step *s, const decode_layer *layer, int whi
     for (int64_t r = 0; r < rows; r++) {
         const float *from = x + r * n;
         float *to = y + r * n;
-        float scale = 1.0f / sqrtf(row_sum(from, n, TT_FLOAT32, 0.0f, 1) / (float)n + layer->eps[which]);
+        float scale = 1.0f / sqrtf(row_squares(from, n, TT_FLOAT32) / (float)n + layer->eps[which]);
         for (int64_t i = 0; i < n; i += TT_WIDTH) {
             vf w = load_at(layer->norm[which], i, n, s->dtype, 0.0f) + layer->offset[which];
             store_at(to, i, n, load_at(from, i, n, TT_FLOAT32, 0.0f) * scale * w, TT_FLOAT32);

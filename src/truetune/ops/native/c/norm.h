@@ -1,5 +1,4 @@
-/* RMS norm (Zhang and Sennrich 2019, arXiv:1910.07467) and layer norm (Ba et al. 2016, arXiv:1607.06450):
- * y = (x - m) r (offset + w) + b, with r = 1 / sqrt(mean((x - m)^2) + eps); m is 0 in the RMS norm (mean == NULL). */
+/* RMS norm (Zhang and Sennrich 2019, arXiv:1910.07467): y = x r (offset + w), with r = 1 / sqrt(mean(x^2) + eps). */
 #ifndef TT_NORM_H
 #define TT_NORM_H
 
@@ -8,9 +7,9 @@
 #include "rows.h"
 
 typedef struct {
-    const void *x, *weight, *bias, *grad, *add;
+    const void *x, *weight, *grad;
     void *out;
-    float *mean, *rstd;
+    float *rstd;
     int64_t rows, n;
     int32_t dtype, weight_dtype;
     float eps, offset;
@@ -20,14 +19,14 @@ TT_INLINE vf norm_weight(tt_norm_args c, int64_t i, int weight_dtype) {
     return c.weight ? load_at(c.weight, i, c.n, weight_dtype, 0.0f) + c.offset : vf_set(1.0f);
 }
 
-/* Sums of (x - shift) and of its square, in four strands each: one would wait for its own last addition. */
-TT_INLINE float row_sum(const void *x, int64_t n, int dtype, float shift, int squared) {
+/* The sum of squares in four strands: one would wait for its own last addition. */
+TT_INLINE float row_squares(const void *x, int64_t n, int dtype) {
     vf sum[4] = {{0}};
     for (int64_t i = 0; i < n; i += 4 * TT_WIDTH)
         for (int k = 0; k < 4; k++) {
             if (i + k * TT_WIDTH >= n) break;
-            vf v = load_at(x, i + k * TT_WIDTH, n, dtype, shift) - shift;
-            sum[k] += squared ? v * v : v;
+            vf v = load_at(x, i + k * TT_WIDTH, n, dtype, 0.0f);
+            sum[k] += v * v;
         }
     return vf_sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
@@ -35,40 +34,30 @@ TT_INLINE float row_sum(const void *x, int64_t n, int dtype, float shift, int sq
 TT_INLINE void norm_row(tt_norm_args c, int64_t row, int dtype, int weight_dtype) {
     const void *x = at_row(c.x, row, c.n, dtype);
     void *y = at_row(c.out, row, c.n, dtype);
-    float m = c.mean ? row_sum(x, c.n, dtype, 0.0f, 0) / (float)c.n : 0.0f;
-    float r = 1.0f / sqrtf(row_sum(x, c.n, dtype, m, 1) / (float)c.n + c.eps);
-    for (int64_t i = 0; i < c.n; i += TT_WIDTH) {
-        vf v = (load_at(x, i, c.n, dtype, 0.0f) - m) * r * norm_weight(c, i, weight_dtype);
-        if (c.bias) v += load_at(c.bias, i, c.n, weight_dtype, 0.0f);
-        store_at(y, i, c.n, v, dtype);
-    }
-    if (c.mean) c.mean[row] = m;
+    float r = 1.0f / sqrtf(row_squares(x, c.n, dtype) / (float)c.n + c.eps);
+    for (int64_t i = 0; i < c.n; i += TT_WIDTH)
+        store_at(y, i, c.n, load_at(x, i, c.n, dtype, 0.0f) * r * norm_weight(c, i, weight_dtype), dtype);
     c.rstd[row] = r;
 }
 
-/* With u = g (offset + w) and z = (x - m) r: dx = r (u - mean(u) - z mean(u z)) + add; no mean(u) in the RMS norm. */
+/* With u = g (offset + w) and z = x r: dx = r (u - z mean(u z)). */
 TT_INLINE void norm_backward_row(tt_norm_args c, int64_t row, int dtype, int weight_dtype) {
     const void *x = at_row(c.x, row, c.n, dtype), *g = at_row(c.grad, row, c.n, dtype);
-    const void *add = c.add ? at_row(c.add, row, c.n, dtype) : 0;
     void *dx = at_row(c.out, row, c.n, dtype);
-    float m = c.mean ? c.mean[row] : 0.0f, r = c.rstd[row];
-    vf sum_u[2] = {{0}}, sum_uz[2] = {{0}};
+    float r = c.rstd[row];
+    vf sum[2] = {{0}};
     for (int64_t i = 0; i < c.n; i += 2 * TT_WIDTH)
         for (int k = 0; k < 2; k++) {
             int64_t j = i + k * TT_WIDTH;
             if (j >= c.n) break;
             vf u = load_at(g, j, c.n, dtype, 0.0f) * norm_weight(c, j, weight_dtype);
-            sum_u[k] += u;
-            sum_uz[k] += u * ((load_at(x, j, c.n, dtype, 0.0f) - m) * r);
+            sum[k] += u * (load_at(x, j, c.n, dtype, 0.0f) * r);
         }
-    float mean_u = c.mean ? vf_sum(sum_u[0] + sum_u[1]) / (float)c.n : 0.0f;
-    float mean_uz = vf_sum(sum_uz[0] + sum_uz[1]) / (float)c.n;
+    float mean = vf_sum(sum[0] + sum[1]) / (float)c.n;
     for (int64_t i = 0; i < c.n; i += TT_WIDTH) {
         vf u = load_at(g, i, c.n, dtype, 0.0f) * norm_weight(c, i, weight_dtype);
-        vf z = (load_at(x, i, c.n, dtype, 0.0f) - m) * r;
-        vf v = (u - mean_u - z * mean_uz) * r;
-        if (add) v += load_at(add, i, c.n, dtype, 0.0f);
-        store_at(dx, i, c.n, v, dtype);
+        vf z = load_at(x, i, c.n, dtype, 0.0f) * r;
+        store_at(dx, i, c.n, (u - z * mean) * r, dtype);
     }
 }
 
@@ -85,16 +74,15 @@ TT_INLINE void norm_backward_row(tt_norm_args c, int64_t row, int dtype, int wei
 TT_NORM_TASK(norm_task, norm_row)
 TT_NORM_TASK(norm_backward_task, norm_backward_row)
 
-TT_API void tt_norm_forward(const void *x, const void *weight, const void *bias, void *y, float *mean, float *rstd,
-                            int64_t rows, int64_t n, int32_t dtype, int32_t weight_dtype, float eps, float offset) {
-    tt_norm_args c = {x, weight, bias, 0, 0, y, mean, rstd, rows, n, dtype, weight_dtype, eps, offset};
+TT_API void tt_norm_forward(const void *x, const void *weight, void *y, float *rstd, int64_t rows, int64_t n,
+                            int32_t dtype, int32_t weight_dtype, float eps, float offset) {
+    tt_norm_args c = {x, weight, 0, y, rstd, rows, n, dtype, weight_dtype, eps, offset};
     tt_parallel(tasks_of(rows, n), norm_task, &c);
 }
 
-TT_API void tt_norm_backward(const void *grad, const void *x, const void *weight, float *mean, float *rstd,
-                             const void *add, void *dx, int64_t rows, int64_t n, int32_t dtype, int32_t weight_dtype,
-                             float offset) {
-    tt_norm_args c = {x, weight, 0, grad, add, dx, mean, rstd, rows, n, dtype, weight_dtype, 0.0f, offset};
+TT_API void tt_norm_backward(const void *grad, const void *x, const void *weight, float *rstd, void *dx, int64_t rows,
+                             int64_t n, int32_t dtype, int32_t weight_dtype, float offset) {
+    tt_norm_args c = {x, weight, grad, dx, rstd, rows, n, dtype, weight_dtype, 0.0f, offset};
     tt_parallel(tasks_of(rows, n), norm_backward_task, &c);
 }
 
