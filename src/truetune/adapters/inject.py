@@ -75,37 +75,65 @@ def attach(
     """
     if attachment(model) is not None:
         raise AdapterError("the model already carries an adapter", ("way out", "truetune.detach(model) first"))
-    method, names = module_of(config.kind), trained_parts(config)
-    paths = list(sites) if sites is not None else method.sites(model, config)
-    whole = tuple(full) if full is not None else full_modules(model, names)
-    shared = tied_paths(model)
-    changes_table = paths if method.CHANGES_TABLE else ()
-    tied = shared if tie and set(shared) & {*changes_table, *whole} else ()
-    _check_disjoint(paths, whole, tied, config)
-    rows = rows_for(model, config.token_rows, shared)
-    _check_rows(model, rows, shared, [*(() if hasattr(config, "virtual_tokens") else paths), *whole])
-    parts = parameters_of(model, names, whole)
-    untied = shared if not tie and set(shared) & set(whole) else ()
+    places = _places(model, config, sites=sites, full=full, tie=tie)
+    names = trained_parts(config)
+    parts = parameters_of(model, names, places.whole)
     learned = tuple(p for p in model.parameters() if p.requires_grad)
     model.requires_grad_(False)
-    if untied:
-        _untie(model, untied[1])
-        parts = parameters_of(model, names, whole)
-    ties = set(tied) & set(changes_table)
-    together: dict[str, Any] = {"prompt_ids": tuple(prompt_ids)}
-    for path in [*(tied[:1] if ties else ()), *(path for path in paths if not (ties and path in tied))]:
-        layer = model.get_submodule(path)
-        _replace(model, path, method.wrap(layer, config, Site(path, model, seed, together)))
-    if ties:
-        _tie_head(model, tied)
-    one_matrix = put_rows(model, rows, shared)
+    if places.untied:
+        _untie(model, places.untied[1])
+        parts = parameters_of(model, names, places.whole)
+    _wrap(model, config, places, seed, prompt_ids)
+    one_matrix = put_rows(model, places.rows, places.shared)
     for parameter in parts:
         parameter.requires_grad_(True)
     if in_float32:
         widen(model, parts)
-    result = Attachment(config, tuple(paths), whole, tied, untied, learned, rows, one_matrix)
+    result = Attachment(
+        config, tuple(places.paths), places.whole, places.tied, places.untied, learned, places.rows, one_matrix
+    )
     model.truetune_attachment = result  # type: ignore[assignment]
     return result
+
+
+@dataclass(frozen=True)
+class _Places:
+    """What of a model a method is put on, settled before anything is changed."""
+
+    paths: list[str]
+    whole: tuple[str, ...]
+    shared: tuple[str, ...]  # (table, head) where they share one matrix
+    tied: tuple[str, ...]  # the same where that matrix is adapted or trained, and stays one
+    untied: tuple[str, ...]  # the same where it is trained, and they part
+    table: tuple[str, ...]  # the same where one adapter serves both
+    rows: Mapping[str, tuple[int, ...]]
+
+
+def _places(
+    model: nn.Module, config: AdapterConfig, *, sites: Sequence[str] | None, full: Sequence[str] | None, tie: bool
+) -> _Places:
+    """As for ``attach``."""
+    method = module_of(config.kind)
+    paths = list(sites) if sites is not None else method.sites(model, config)
+    whole = tuple(full) if full is not None else full_modules(model, trained_parts(config))
+    shared = tied_paths(model)
+    changes_table = set(paths) if method.CHANGES_TABLE else set()
+    tied = shared if tie and set(shared) & {*changes_table, *whole} else ()
+    _check_disjoint(paths, whole, tied, config)
+    rows = rows_for(model, config.token_rows, shared)
+    _check_rows(model, rows, shared, [*(() if hasattr(config, "virtual_tokens") else paths), *whole])
+    untied = shared if not tie and set(shared) & set(whole) else ()
+    return _Places(paths, whole, shared, tied, untied, tied if set(tied) & changes_table else (), rows)
+
+
+def _wrap(model: nn.Module, config: AdapterConfig, places: _Places, seed: int, prompt_ids: Sequence[int]) -> None:
+    """Put a layer's adapter in its place; of a table and a head that are one, the table's first."""
+    method, together = module_of(config.kind), dict[str, Any](prompt_ids=tuple(prompt_ids))
+    for path in [*places.table[:1], *(path for path in places.paths if path not in places.table)]:
+        layer = model.get_submodule(path)
+        _replace(model, path, method.wrap(layer, config, Site(path, model, seed, together)))
+    if places.table:
+        _tie_head(model, places.table)
 
 
 def attach_rows(model: nn.Module, rows: Mapping[str, tuple[int, ...]], *, grew_from: int | None = None) -> None:

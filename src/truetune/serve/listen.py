@@ -58,9 +58,10 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, app: ASGIApp, gate: Gate, *, drain: float, most: int, seconds: float) -> None:
+        guarded = type("Guarded", (Guarded,), {"most": most, "seconds": seconds})
         super().__init__(
             uvicorn.Config(
-                app, http=_guarded(most, seconds), ws="none", lifespan="off", log_config=None, log_level="error",
+                app, http=guarded, ws="none", lifespan="off", log_config=None, log_level="error",
                 access_log=False,
                 server_header=False, timeout_keep_alive=_KEEP_ALIVE, timeout_graceful_shutdown=2,
                 h11_max_incomplete_event_size=_LARGEST_HEAD,
@@ -104,58 +105,61 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def _guarded(most: int, seconds: float) -> type[H11Protocol]:
+class Guarded(H11Protocol):
     """Connections that are limited in number, and in the time they may take: to say something, to end a head or a body,
-    to take in what was said to them. Whoever has made no progress with one of these for ``seconds`` is let go."""
-    full = Refusal(503, f"{most} connections are open, and this server takes no more", kind="server_error")
-    garbled = Refusal(400, "this is no HTTP")
+    to take in what was said to them. Whoever has made no progress with one of these for ``seconds`` is let go.
+    """
 
-    class Guarded(H11Protocol):
-        _debt: object = None  # what the client owed when it was looked at last, and since when
-        _since = 0.0
-        _pulse: asyncio.TimerHandle | None = None
+    most: int
+    seconds: float
 
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            if len(self.connections) > most:
-                self._turn_away(full)
-            self._look()
+    _debt: object = None  # what the client owed when it was looked at last, and since when
+    _since = 0.0
+    _pulse: asyncio.TimerHandle | None = None
 
-        def connection_lost(self, exc: Exception | None) -> None:
-            if self._pulse is not None:
-                self._pulse.cancel()
-            super().connection_lost(exc)
+    def connection_made(self, transport: Any) -> None:
+        """Take it, or turn it away where there are too many."""
+        super().connection_made(transport)
+        if len(self.connections) > self.most:
+            full = f"{self.most} connections are open, and this server takes no more"
+            self._turn_away(Refusal(503, full, kind="server_error"))
+        self._look()
 
-        def send_400_response(self, msg: str) -> None:
-            self._turn_away(garbled)
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Look at it no more."""
+        if self._pulse is not None:
+            self._pulse.cancel()
+        super().connection_lost(exc)
 
-        def _turn_away(self, refusal: Refusal) -> None:
-            if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
-                self.transport.write(_raw(refusal))
-            self.transport.close()
+    def send_400_response(self, msg: str) -> None:
+        """What was said is no HTTP; as an answer in our own form."""
+        self._turn_away(Refusal(400, "this is no HTTP"))
 
-        def _look(self) -> None:
-            debt, now = self._owed(), self.loop.time()
-            if debt != self._debt:
-                self._debt, self._since = debt, now
-            elif debt is not None and now - self._since >= seconds:
-                self.transport.abort()
-                return
-            self._pulse = self.loop.call_later(seconds / 8, self._look)
+    def _turn_away(self, refusal: Refusal) -> None:
+        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+            self.transport.write(_raw(refusal))
+        self.transport.close()
 
-        def _owed(self) -> object:
-            """None, or what the client is waited for, which changes when it goes on."""
-            unsent = self.transport.get_write_buffer_size()
-            if unsent and (self.transport.is_closing() or self.flow.write_paused):
-                return "take", unsent
-            state, cycle = self.conn.their_state, self.cycle
-            if state is h11.IDLE and self.timeout_keep_alive_task is None:
-                return "head", id(cycle)
-            # A route that reads a body counts the time itself, and says so.
-            is_answered = cycle is not None and cycle.response_complete
-            return ("body", id(cycle)) if state is h11.SEND_BODY and is_answered else None
+    def _look(self) -> None:
+        debt, now = self._owed(), self.loop.time()
+        if debt != self._debt:
+            self._debt, self._since = debt, now
+        elif debt is not None and now - self._since >= self.seconds:
+            self.transport.abort()
+            return
+        self._pulse = self.loop.call_later(self.seconds / 8, self._look)
 
-    return Guarded
+    def _owed(self) -> object:
+        """None, or what the client is waited for, which changes when it goes on."""
+        unsent = self.transport.get_write_buffer_size()
+        if unsent and (self.transport.is_closing() or self.flow.write_paused):
+            return "take", unsent
+        state, cycle = self.conn.their_state, self.cycle
+        if state is h11.IDLE and self.timeout_keep_alive_task is None:
+            return "head", id(cycle)
+        # A route that reads a body counts the time itself, and says so.
+        is_answered = cycle is not None and cycle.response_complete
+        return ("body", id(cycle)) if state is h11.SEND_BODY and is_answered else None
 
 
 def _raw(refusal: Refusal) -> bytes:
