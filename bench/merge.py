@@ -10,6 +10,11 @@ imports the same modules and does nothing. Runs take turns, and medians are repo
 float32, on as many threads. ``work_s`` is what a merge takes over the bare imports. When a merge ends, its files are on
 disk and their SHA-256 is known, which is not so of a copy: so there is one that is synced too (``synced_floor_s``), and
 ``sha256_s`` is what hashing that much takes one thread, whoever does it.
+
+On a machine that others use as well, the wall says little. So one more merge of ours in each round tells its processor
+seconds apart: imports, plan (with a try of the disk), what reads, adds and writes (``write_cpu_s``), having it brought
+to disk (``sync_cpu_s``), and the thread that hashes. ``write_over_floor`` is what reads, adds and writes beside the
+processor seconds of ``cp`` and of the bare products on one thread.
 """
 
 from __future__ import annotations
@@ -26,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +86,37 @@ CHILDREN = {
         "P.from_pretrained(M.from_pretrained(b, dtype='auto'), a).merge_and_unload().save_pretrained(o)",
     ),
 }
+STAGES = """
+import json, os, sys, time
+import truetune.recipes.merge
+from truetune.checkpoint import shards
+from truetune.cli.main import main
+from truetune.recipes import merge_files, merge_work
+
+took = dict(plan_cpu_s=0.0, sync_cpu_s=0.0)
+
+def timed(name, inner):
+    def run(*given, **more):
+        began = time.thread_time()
+        try:
+            return inner(*given, **more)
+        finally:
+            took[name] += time.thread_time() - began
+    return run
+
+merge_files.planned = timed("plan_cpu_s", merge_files.planned)
+merge_work.forecast = timed("plan_cpu_s", merge_work.forecast)
+merge_work.identity_of = timed("plan_cpu_s", merge_work.identity_of)
+shards.sync = timed("sync_cpu_s", shards.sync)
+os.posix_fadvise = timed("sync_cpu_s", os.posix_fadvise)
+began, imports = time.perf_counter(), time.process_time()
+alone = time.thread_time()
+b, a, o = sys.argv[1:]
+assert not main(["merge", "--model", b, "--adapter", a, "--out", o])
+thread = time.thread_time() - alone
+took |= dict(write_cpu_s=thread - sum(took.values()), hash_cpu_s=time.process_time() - imports - thread)
+print(json.dumps(dict(start_cpu_s=imports, merge_s=time.perf_counter() - began) | took))
+"""
 COPIES = {"cp": 'cp -r --reflink=never "$0" "$1"', "cp+sync": 'cp -r --reflink=never "$0" "$1" && sync "$1"/*'}
 _KEYS = ("seconds", "cpu_s", "peak_mb", "peak_over_imports_mb", "import_s", "import_cpu_s")
 
@@ -118,7 +154,7 @@ def make(folder: Path, model: Model) -> None:
     (folder / "adapter" / CONFIG).write_text(json.dumps(to_peft(outline, attached, base=str(folder / "base"))))
 
 
-def product_rate(threads: int) -> float:
+def product_rate(threads: int, clock: Callable[[], float] = time.perf_counter) -> float:
     """FLOP/s of ``F.linear`` in float32, the best of some rounds."""
     import torch
 
@@ -126,9 +162,9 @@ def product_rate(threads: int) -> float:
     x, weight = torch.randn(1024, 1024), torch.randn(1024, 1024)
     best = 0.0
     for _ in range(12):
-        began = time.perf_counter()
+        began = clock()
         torch.nn.functional.linear(x, weight)
-        best = max(best, 2.0 * 1024**3 / (time.perf_counter() - began))
+        best = max(best, 2.0 * 1024**3 / (clock() - began))
     return best
 
 
@@ -160,16 +196,33 @@ def measure(name: str, folder: Path, python: Path) -> tuple[float, ...]:
         shutil.rmtree(out, ignore_errors=True)  # at 7B it is as large as the disk may have room for
 
 
-def run(folder: Path, pythons: dict[str, Path], runs: int) -> dict[str, dict[str, Any]]:
-    """Runs by turns, each from a cold start of the process and a warm page cache; medians."""
+def stages(folder: Path, python: Path) -> dict[str, float]:
+    """Processor seconds of one merge of ours, part by part, and what it waited for the disk."""
+    out = folder / "out-stages"
+    shutil.rmtree(out, ignore_errors=True)
+    os.sync()
+    try:
+        places = (str(folder / "base"), str(folder / "adapter"), str(out))
+        found: dict[str, float] = json.loads(watched([str(python), "-c", STAGES, *places])[2].splitlines()[-1])
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
+    print("stages    " + "   ".join(f"{name} {seconds:.2f}" for name, seconds in found.items()))
+    return found
+
+
+def run(folder: Path, pythons: dict[str, Path], runs: int) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
+    """Runs by turns, each from a cold start of the process and a warm page cache; medians of all, and of our stages."""
     found: dict[str, list[tuple[float, ...]]] = {name: [] for name in pythons}
+    parts: list[dict[str, float]] = []
     for _ in range(runs):
         for name, python in pythons.items():
             wall, cpu, peak, over, *_ = row = measure(name, folder, python)
             found[name].append(row)
             print(f"{name:9} {wall:6.1f} s   cpu {cpu:6.1f} s   peak {peak:7,.0f} MB   over imports {over:7,.0f} MB")
+        parts.append(stages(folder, pythons["truetune"]))
     medians = {n: [round(statistics.median(v), 2) for v in zip(*rows, strict=True)] for n, rows in found.items()}
-    return {name: dict(zip(_KEYS, values, strict=True)) for name, values in medians.items()}
+    apart = {name: round(statistics.median(part[name] for part in parts), 2) for name in parts[0]}
+    return {name: dict(zip(_KEYS, values, strict=True)) for name, values in medians.items()}, apart
 
 
 def hash_rate() -> float:
@@ -182,8 +235,11 @@ def hash_rate() -> float:
     return best
 
 
-def findings(model: Model, size: int, results: dict[str, dict[str, Any]], rate: float) -> dict[str, Any]:
+def findings(
+    model: Model, size: int, results: dict[str, dict[str, Any]], apart: dict[str, float], threads: int
+) -> dict[str, Any]:
     """What the bars are about, from the medians of all."""
+    rate, alone = product_rate(threads), product_rate(1, time.process_time)
     ours, copy, synced = (results.pop(name) for name in ("truetune", "cp", "cp+sync"))
     floor, work = copy["seconds"] + model.flops() / rate, ours["seconds"] - ours["import_s"]
     line = {
@@ -199,6 +255,9 @@ def findings(model: Model, size: int, results: dict[str, dict[str, Any]], rate: 
         "sha256_s": round(size / hash_rate(), 2),
         "work_cpu_s": round(ours["cpu_s"] - ours["import_cpu_s"], 2),
         "products_s": round(model.flops() / rate, 2),
+        "products_cpu_s": round(model.flops() / alone, 2),
+        **apart,
+        "write_over_floor": round(apart["write_cpu_s"] / (copy["cpu_s"] + model.flops() / alone), 2),
     }
     for peer, theirs in results.items():
         line |= {f"peer_{peer}_{key}": value for key, value in theirs.items()}
@@ -244,9 +303,9 @@ def main() -> None:
         pythons[peer] = python
     with fixture(options.folder, options.shape) as folder:
         size = sum(path.stat().st_size for path in (folder / "base").glob("*.safetensors"))
-        results = run(folder, pythons, options.runs)
+        results, apart = run(folder, pythons, options.runs)
     line = {"bench": "merge", "shape": options.shape, "base_mb": round(size / 1e6, 1), "runs": options.runs}
-    print(json.dumps(line | findings(model, size, results, product_rate(options.threads))))
+    print(json.dumps(line | findings(model, size, results, apart, options.threads)))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ def unwarned() -> Iterator[None]:
         for text in (
             "fan_in_fan_out is set to", "Specified to not save vera_A", "Specified to not load vera_A",
             "Model has `tie_word_embeddings=True`", "The following rank_pattern keys did not match",
+            r"Adapter 'default': \d+ LoRA tensor\(s\) have invalid shape",  # AdaLoRA takes all ranks from some layers
         ):  # fmt: skip
             warnings.filterwarnings("ignore", message=f".*{text}")
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
@@ -37,8 +38,13 @@ def theirs(family: str, config: peft.PeftConfig) -> Any:
 
 def read_by_peft(family: str, folder: Path) -> Any:
     """What PEFT makes of a folder."""
+    return read_onto(FAMILIES[family].make(), folder)
+
+
+def read_onto(model: Any, folder: Path) -> Any:
+    """What PEFT makes of a model and a folder."""
     with unwarned():
-        return peft.PeftModel.from_pretrained(FAMILIES[family].make(), str(folder))
+        return peft.PeftModel.from_pretrained(model, str(folder))
 
 
 def saved_by_peft(model: Any, folder: Path) -> Path:

@@ -42,7 +42,8 @@ def load(
     """Load a causal language model of transformers from a local folder or the Hub, in ``eval`` mode.
 
     Args:
-        quant: ``none``, or ``int8``, ``nf4`` or ``fp4``: pack the linear layers while they are read.
+        quant: ``none``, or ``int8``, ``nf4`` or ``fp4``: pack the linear layers, and stacks of experts' matrices, while
+            they are read.
         double_quant: quantise the 4-bit blocks' scales as well.
         quant_skip: layers to leave unquantised, by whole parts of their names.
         dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.

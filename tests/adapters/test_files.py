@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -276,3 +277,13 @@ def test_bias_all_on_a_model_without_biases_loads(tmp_path: Path) -> None:
     other = FAMILIES["llama"].make()
     files.load(other, files.read(tmp_path))
     assert attachment(other) is not None
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_an_adapter_that_is_not_finite_is_refused_by_the_tensors_name(saved: Path, bad: float) -> None:
+    tensors = load_file(saved / files.WEIGHTS)
+    name = sorted(tensors)[1]
+    tensors[name].view(-1)[3] = bad
+    save_file(tensors, saved / files.WEIGHTS)
+    with pytest.raises(AdapterError, match=rf"holds NaN or infinity: 1 of [\d,]+ values of {re.escape(name)}"):
+        files.read(saved)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import io
 import os
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from truetune.checkpoint.bodies import PIECE_BYTES, Body, Digest, Hashing
+from truetune.checkpoint.bodies import BUFFERS, PIECE_BYTES, Body, Digest, Hashing
 
 
 @pytest.fixture
@@ -52,7 +53,8 @@ def test_what_is_filled_is_written_and_hashed_in_whole_units(
 
 def test_a_buffer_is_not_filled_again_before_it_is_hashed(hashing: Hashing, tmp_path: Path) -> None:
     """The hashing thread is held up; the pieces that could be made meanwhile are as many as there are buffers."""
-    gate, content = threading.Event(), [bytes([number]) * PIECE_BYTES for number in range(12)]
+    count = 2 * BUFFERS + 5
+    gate, content = threading.Event(), [bytes([number]) * PIECE_BYTES for number in range(count)]
 
     class Held(Digest):
         def add(self, offset: int, data: memoryview | bytes) -> None:
@@ -64,14 +66,38 @@ def test_a_buffer_is_not_filled_again_before_it_is_hashed(hashing: Hashing, tmp_
     def fill(into: memoryview) -> None:
         into[:] = content[len(made)]
         made.append(gate.is_set())
-        if len(made) == 4:
+        if len(made) == BUFFERS:
             threading.Timer(0.05, gate.set).start()
 
     with (tmp_path / "file").open("xb", buffering=0) as file:
-        Body(file, 0, hashing, digest).fill(12 * PIECE_BYTES, fill)
+        Body(file, 0, hashing, digest).fill(count * PIECE_BYTES, fill)
     hashing.settle()
-    assert made.index(True) == 4
+    assert made.index(True) == BUFFERS
     assert digest.of(tmp_path / "missing") == hashlib.sha256(b"".join(content)).hexdigest()
+
+
+def test_what_is_not_hashed_goes_through_one_buffer(hashing: Hashing, tmp_path: Path) -> None:
+    content, places, at = os.urandom(7 * PIECE_BYTES + 3), set(), 0
+
+    def fill(into: memoryview) -> None:
+        nonlocal at
+        into[:] = content[at : at + len(into)]
+        at += len(into)
+        places.add(ctypes.addressof(ctypes.c_char.from_buffer(into)))
+
+    with (tmp_path / "file").open("xb", buffering=0) as file:
+        Body(file, 0, hashing, None).fill(len(content), fill)
+    assert (tmp_path / "file").read_bytes() == content
+    assert len(places) == 1
+
+
+def test_a_thread_that_fails_is_heard_of(hashing: Hashing) -> None:
+    class Broken(Digest):
+        def add(self, offset: int, data: memoryview | bytes) -> None:
+            raise MemoryError("no more")
+
+    with pytest.raises(MemoryError, match="no more"):
+        Body(io.BytesIO(), 0, hashing, Broken()).write(b"head")
 
 
 def test_a_file_that_is_written_out_of_order_is_hashed_as_it_is(hashing: Hashing, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from truetune.data.formats import FORMATS, Choice, detect, parse_rows
 from truetune.data.formats.checks import is_blank
 from truetune.data.formats.chosen import parse_preference
 from truetune.data.formats.columns import parse_columns
-from truetune.data.rejects import counts, raise_if_too_many, write_rejects
+from truetune.data.rejects import Rejects, counts, raise_if_too_many, write_rejects
 from truetune.data.schema import Message, Origin, RawRow, Reject, Row
 from truetune.errors import ConfigError, DataError
 
@@ -474,6 +474,23 @@ def test_rejects_are_written_one_per_line(tmp_path: Path) -> None:
     assert [json.loads(line)["row"] for line in lines] == [1, 3]
     assert json.loads(lines[0]).keys() == {"file", "row", "reason", "detail", "raw"}
     assert "\u4e2d" in lines[1]
+
+
+def test_rows_left_out_by_choice_are_kept_as_numbers_and_add_up(tmp_path: Path) -> None:
+    drawn = [Reject(Origin(f"{n % 2}.jsonl", n), "sampled_out", "not drawn") for n in range(5)]
+    some = Rejects(drawn) + faults(2)
+    assert (len(some), list(some), some.by_choice) == (2, faults(2), 5)
+    assert some.counts() == {"sampled_out": 5, "bad_json": 2}
+    both = some + Rejects(drawn[:1])
+    assert both.left_out == {("0.jsonl", "sampled_out", "not drawn"): 4, ("1.jsonl", "sampled_out", "not drawn"): 2}
+    assert both != some
+    raise_if_too_many(some, 9, max_bad_rows=2)
+    with pytest.raises(DataError, match="2 of 4 rows can't be used"):  # of those that were to be used
+        raise_if_too_many(some, 9, max_bad_rows=1)
+    write_rejects(tmp_path / "rejects.jsonl", some)
+    lines = [json.loads(line) for line in (tmp_path / "rejects.jsonl").read_text().splitlines()]
+    assert [line.get("row") for line in lines] == [1, 2, None, None]
+    assert lines[3] == {"file": "1.jsonl", "rows": 2, "reason": "sampled_out", "detail": "not drawn"}
 
 
 def test_counts_are_by_reason_most_frequent_first() -> None:

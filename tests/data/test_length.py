@@ -36,6 +36,25 @@ def test_error_names_every_row_and_its_length() -> None:
     assert "f.jsonl, row 3: 18 tokens" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("most", "texts", "ways"),
+    [
+        (None, False, ["--max-length 18 takes them all"]),
+        (18, False, ["--max-length 18 takes them all"]),
+        (12, False, ["--max-length 12, the most that the model was made for"]),
+        (10, False, []),
+        (10, True, ["--text-blocks joins the texts"]),
+    ],
+)
+def test_of_the_ways_out_those_that_help_are_told(most: int | None, texts: bool, ways: list[str]) -> None:
+    with pytest.raises(DataError) as caught:
+        limit_lengths(rows((5, 6), (9, 9)), 10, policy="error", say=lambda _: None, decode=str, texts=texts, most=most)
+    told = [text for label, text in caught.value.notes if label in ("way out", "or") and text]
+    assert told[0] == "--on-overlong drop leaves them out, --on-overlong truncate cuts them"
+    assert len(told) == 1 + len(ways)
+    assert all(text.startswith(way) for text, way in zip(told[1:], ways, strict=True))
+
+
 def test_drop_lists_what_it_leaves_out() -> None:
     kept, rejects, said = limit(rows((5, 6), (1, 3)), "drop")
     assert kept.lengths.tolist() == [4]

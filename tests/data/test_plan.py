@@ -1,12 +1,14 @@
 """The order of a run as a function of (seed, step)."""
 
 from collections import Counter
+from itertools import chain
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from truetune.data import plan as plans
 from truetune.data.plan import StepPlan, sequential_batches
 from truetune.data.schema import Origin, TokenSet
 from truetune.ops.rng import token_keys
@@ -138,6 +140,37 @@ def test_a_budget_that_shrinks_on_the_way_moves_no_key(packing: bool) -> None:
 def test_each_step_and_each_seed_has_keys_of_its_own() -> None:
     found = [set(keys_by_token(plan(9, 9, 3, seed=seed), step).values()) for seed in (0, 1) for step in range(3)]
     assert len(set.union(*found)) == sum(map(len, found)) == 6 * sum(2 + i % 5 for i in range(9))
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_many_rows_to_evaluate_are_grouped_stretch_by_stretch(packing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "_GROUPED", 4)
+    batches = sequential_batches(rows(10), 8, packing=packing)
+    seen = [batch.examples for batch in batches]
+    assert sorted(chain.from_iterable(seen)) == list(range(10))
+    assert all(len({i // 4 for i in examples}) == 1 for examples in seen)
+    assert [batch.examples for batch in batches[1:3]] == seen[1:3]
+    assert batches[-1].examples == seen[-1]
+    with pytest.raises(IndexError):
+        batches[len(seen)]
+    assert len(sequential_batches(rows(0), 8, packing=packing)) == 0
+
+
+@given(st.lists(st.integers(0, 6), max_size=9), st.lists(st.integers(0, 9), max_size=3), st.data())
+def test_ids_in_front_of_every_example_stand_there_and_carry_no_loss(
+    lengths: list[int], lead: list[int], data: st.DataObject
+) -> None:
+    flags = [data.draw(st.lists(st.booleans(), min_size=n, max_size=n)) for n in lengths]
+    plain = TokenSet.from_lists([[7] * n for n in lengths], flags, [Origin("f", i + 1) for i in range(len(lengths))])
+    found = plain.behind(lead)
+    assert found.lengths_of(range(len(lengths))) == found.lengths.tolist() == [len(lead) + n for n in lengths]
+    assert found.longest() == (len(lead) + max(lengths) if lengths else 0)
+    for i, own in enumerate(flags):
+        ids, trained = (column.tolist() for column in found.example(i))
+        assert ids == [*lead, *[7] * lengths[i]]
+        # The first token of the text has only such ids before it, which know nothing of it.
+        assert trained == ([*[False] * (len(lead) + min(1, len(own))), *own[1:]] if lead else own)
+    assert found.trained_count() == plain.trained_count()
 
 
 @pytest.mark.parametrize("packing", [True, False])

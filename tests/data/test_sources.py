@@ -20,6 +20,7 @@ from truetune.data.mix import take
 from truetune.data.read import read_rows
 from truetune.data.schema import Origin, Row
 from truetune.data.sources import find_files, find_sources, mixed_parts, named_twice, passed_over
+from truetune.data.token_cache import key_of
 from truetune.errors import ConfigError, DataError
 
 ROWS = [{"text": f"row {number} é"} for number in range(5)]
@@ -105,6 +106,25 @@ def test_standard_input_may_be_read_twice(content: bytes, monkeypatch: pytest.Mo
     assert (values("-"), values("-")) == (ROWS, ROWS)
 
 
+def test_rows_of_standard_input_are_named_by_it_and_kept_by_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = []
+    for content in (LINES + b"no", LINES + b"no", LINES):
+        piped(monkeypatch, content)
+        rows, rejects = read_rows(["-"])
+        assert {str(row.origin) for row in rows} == {f"stdin, row {number}" for number in range(1, 6)}
+        assert [str(reject.origin) for reject in rejects] == ["stdin, row 6"] * (content != LINES)
+        keys.append(key_of({}, find_files(["-"])))
+    assert None not in keys
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_without_standard_input_its_name_is_that_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    standard_input.spooled.cache_clear()
+    with pytest.raises(DataError, match="stdin: no such file or folder"):
+        find_files(["stdin"])
+
+
 @pytest.mark.parametrize(("content", "words"), [(b" \n", "is empty"), (b"Once.", "begins with 'Once.'")])
 def test_standard_input_that_is_no_data(content: bytes, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     piped(monkeypatch, content)
@@ -171,6 +191,17 @@ def test_a_registry_in_this_folder_needs_no_flag(tmp_path: Path, monkeypatch: py
     registry(tmp_path, "mine: rows.jsonl")
     monkeypatch.chdir(tmp_path)
     assert values("mine") == ROWS
+
+
+def test_a_name_that_is_a_folder_too_is_not_guessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry(tmp_path, "mine: rows.jsonl")
+    write(tmp_path / "mine" / "others.jsonl", b'{"text": "another"}\n')
+    write(tmp_path / "theirs" / "rows.jsonl")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"has a data set of this name(.|\n)*--data data\.yaml:mine(.|\n)*\./mine"):
+        values("mine")
+    assert values("data.yaml:mine") == values("theirs") == ROWS
+    assert values("./mine") == [{"text": "another"}]
 
 
 def test_standard_input_is_no_name_of_the_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,11 +5,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from truetune.data import statistics
+from truetune.data import schema
+from truetune.data.pack import group
 from truetune.data.schema import Origin, TokenSet
-from truetune.data.statistics import fill_rate, histogram, length_facts, near_empty, token_facts, trained_per_row
+from truetune.data.statistics import fill_rate, histogram, length_facts, near_empty, tally, token_facts, trained_per_row
 
 flags = st.lists(st.lists(st.booleans(), max_size=12), max_size=20)
+
+
+def fill(lengths: list[int], budget: int) -> float:
+    return fill_rate(torch.bincount(torch.tensor(lengths, dtype=torch.int64)), budget)
 
 
 def examples(*rows: list[bool]) -> TokenSet:
@@ -19,7 +24,7 @@ def examples(*rows: list[bool]) -> TokenSet:
 @given(rows=flags, block=st.integers(1, 5))
 def test_trained_tokens_per_row_add_up_to_those_of_the_set(rows: list[list[bool]], block: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(statistics, "_ROWS", block)
+        patch.setattr(schema, "_STRETCH", block)
         counts = trained_per_row(examples(*rows))
     assert counts.tolist() == [sum(row[1:]) for row in rows]
     assert int(counts.sum()) == examples(*rows).trained_count()
@@ -27,7 +32,7 @@ def test_trained_tokens_per_row_add_up_to_those_of_the_set(rows: list[list[bool]
 
 @given(lengths=st.lists(st.integers(1, 3000), min_size=1, max_size=200))
 def test_every_row_is_in_one_bar_and_few_bars_are_enough(lengths: list[int]) -> None:
-    bars = histogram(torch.tensor(lengths))
+    bars = histogram(torch.bincount(torch.tensor(lengths)))
     assert sum(bar.rows for bar in bars) == len(lengths)
     assert len(bars) <= 15
     for bar in bars:
@@ -37,14 +42,14 @@ def test_every_row_is_in_one_bar_and_few_bars_are_enough(lengths: list[int]) -> 
 
 
 def test_one_long_row_does_not_press_the_others_into_one_bar() -> None:
-    bars = histogram(torch.tensor([*range(100, 200), 50_000]))
+    bars = histogram(torch.bincount(torch.tensor([*range(100, 200), 50_000])))
     assert len([bar for bar in bars if bar.rows]) > 8
     assert (bars[-1].last, bars[-1].rows) == (None, 1)
     assert str(bars[-1]).endswith("and more")
 
 
 def test_quantiles_are_lengths_of_real_rows() -> None:
-    assert length_facts(torch.tensor([9, 1, 5, 3, 7])) == {
+    assert length_facts(torch.bincount(torch.tensor([9, 1, 5, 3, 7]))) == {
         "min": 1, "p25": 3, "median": 5, "p75": 7, "p95": 9, "max": 9,
     }  # fmt: skip
     with pytest.raises(ValueError, match="no rows"):
@@ -53,13 +58,28 @@ def test_quantiles_are_lengths_of_real_rows() -> None:
 
 def test_near_empty_answers_are_those_of_at_most_three_trained_tokens() -> None:
     data = examples([False, True, True, True], [False] + [True] * 4, [True] * 4, [False] * 9 + [True])
-    assert near_empty(data) == [0, 2, 3]  # of row 3 the first token carries no loss
+    assert near_empty(data).tolist() == [0, 2, 3]  # of row 3 the first token carries no loss
 
 
 def test_the_fill_is_real_tokens_over_the_room_of_the_bins() -> None:
-    assert fill_rate([60, 40, 50], 100) == 0.75
-    assert fill_rate([100, 250], 100) == 1.0  # over the budget: alone, and no larger than itself
-    assert fill_rate([], 100) == 0.0
+    assert fill([60, 40, 50], 100) == 0.75
+    assert fill([100, 250], 100) == 1.0  # over the budget: alone, and no larger than itself
+    assert fill([], 100) == 0.0
+
+
+@given(lengths=st.lists(st.integers(1, 40), max_size=80), budget=st.integers(1, 60))
+def test_the_fill_is_that_of_the_bins_that_rows_are_grouped_into(lengths: list[int], budget: int) -> None:
+    bins = group(lengths, budget, packing=True)
+    room = sum(max(budget, sum(lengths[i] for i in members)) for members in bins)
+    assert fill(lengths, budget) == sum(lengths) / max(1, room)
+
+
+@given(rows=flags, block=st.integers(1, 5))
+def test_the_tally_counts_each_length(rows: list[list[bool]], block: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schema, "_STRETCH", block)
+        counts = tally(examples(*rows)).tolist()
+    assert [n for n, times in enumerate(counts) for _ in range(times)] == sorted(map(len, rows))
 
 
 def test_the_facts_name_the_rows_with_near_empty_answers() -> None:

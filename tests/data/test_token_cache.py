@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from truetune.data import token_cache
+from truetune.data.rejects import Rejects
 from truetune.data.schema import Origin, Reject, TokenSet
 from truetune.data.token_cache import key_of, through_cache
 from truetune.data.token_files import Tokenised
@@ -30,7 +31,8 @@ def example(first: int = 0) -> Tokenised:
     a, b = Origin("a.jsonl", 1), Origin("b.jsonl", 7)
     train = TokenSet.from_lists([[first, 5, 9], [7]], [[False, True, True], [True]], [b, a])
     held = TokenSet.from_lists([[3]], [[False]], [a])
-    rejects = [Reject(Origin("c.jsonl", 3), "bad_json", "a sentence\n…\ud800", "raw\x00"), Reject(a, "empty", "none")]
+    faults = [Reject(Origin("c.jsonl", 3), "bad_json", "a sentence\n…\ud800", "raw\x00"), Reject(a, "empty", "none")]
+    rejects = Rejects(faults, {("a.jsonl", "sampled_out", "not among them"): 9})
     report = {"read": 4, "rejected": {"z": 2, "a": 1}, "held_out": {"rows": 1}, "nothing": None}
     return Tokenised(train, held, rejects, report, True, (("warn", "[bold] twice"), ("note", "a day")))
 
@@ -86,11 +88,13 @@ def test_what_comes_back_is_what_was_made() -> None:
 @pytest.mark.usefixtures("folder")
 def test_what_is_not_there_comes_back_as_nothing() -> None:
     empty = TokenSet.from_lists([], [], [])
-    keep(Tokenised(empty, None, [], {}))
+    keep(Tokenised(empty, None, Rejects(), {}))
     found = kept()
     assert found is not None
     assert same(found.train, empty)
-    assert (found.held_out, found.rejects, found.report, found.templated, found.told) == (None, [], {}, False, ())
+    assert (found.held_out, found.rejects, found.report, found.templated, found.told) == (
+        None, Rejects(), {}, False, (),
+    )  # fmt: skip
 
 
 @pytest.mark.usefixtures("folder")
@@ -208,10 +212,12 @@ def test_a_disk_that_is_nearly_full_is_left_alone(folder: Path, monkeypatch: pyt
 
 HAMMER = """
 import sys
+from truetune.data.rejects import Rejects
 from truetune.data.schema import Origin, TokenSet
 from truetune.data.token_cache import through_cache
 from truetune.data.token_files import Tokenised
-made = Tokenised(TokenSet.from_lists([[1, 2]] * 500, [[False, True]] * 500, [Origin("a", 1)] * 500), None, [], {})
+train = TokenSet.from_lists([[1, 2]] * 500, [[False, True]] * 500, [Origin("a", 1)] * 500)
+made = Tokenised(train, None, Rejects(), {})
 hits = 0
 for n in range(200):
     found, cached = through_cache(lambda: str(n % 5), lambda: made)

@@ -21,7 +21,7 @@ from truetune.errors import ModelError, OutputError, TruetuneError
 from truetune.export.gguf import read_keys
 from truetune.export.gguf_arch import arch_of
 from truetune.export.gguf_rope import rope_factors, side_by_side
-from truetune.export.gguf_tokenizer import Specials, TokenType, left_out, tokenizer_keys
+from truetune.export.gguf_tokenizer import Specials, TokenType, check_tokenizer, left_out, tokenizer_keys
 from truetune.export.gguf_vocabulary import Vocabulary
 from truetune.models.tokenizer import ChatTokenizer
 from truetune.recipes.gguf_words import core_of, reader_of, words_of
@@ -291,7 +291,7 @@ def joined(text: str, tokens: list[str], scores: list[float]) -> list[int]:
     return [n for part in parts for n in ([ids[part]] if part in ids else [ids[f"<0x{b:02X}>"] for b in part.encode()])]
 
 
-UNIGRAM = {
+UNIGRAM: dict[str, Any] = {
     "model": {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["▁a", -1.5], ["b", -2.5]]},
     "normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAEC"},
     "pre_tokenizer": {"type": "Metaspace", "prepend_scheme": "always"},
@@ -310,6 +310,49 @@ def test_unigrams_keep_their_scores() -> None:
     assert own["token_type"] == list(types)
     assert own["precompiled_charsmap"] == [0, 1, 2]
     assert own["add_space_prefix"] is True
+
+
+JOINED = [
+    UNIGRAM["normalizer"],
+    {"type": "Strip", "strip_left": False, "strip_right": True},
+    {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "▁"},
+]
+
+
+def test_blanks_in_a_row_become_one_where_llama_cpp_can_be_told() -> None:
+    key = "tokenizer.ggml.remove_extra_whitespaces"
+    whole = UNIGRAM | {"normalizer": {"type": "Sequence", "normalizers": JOINED}}
+    assert tokenizer_keys(whole, 5, NONE, None)[key] is True
+    assert left_out(whole, prefixed=True) == []
+    for lacking in (JOINED[1:], JOINED[:1] + JOINED[2:]):  # the characters' table; the blanks at the end
+        part = UNIGRAM | {"normalizer": {"type": "Sequence", "normalizers": lacking}}
+        assert key not in tokenizer_keys(part, 5, NONE, None)
+        assert left_out(part, prefixed=True)[-2:] == [
+            "Replace  {2,}", "no second blank in front of a text that begins with one",
+        ]  # fmt: skip
+
+
+DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, {"type": "Metaspace"}]}
+BLANK = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious"}
+PIECES = {"type": "BPE", "vocab": {"<0x00>": 0, "a": 1}, "merges": []}
+
+
+@pytest.mark.parametrize(
+    ("found", "model", "cut"),
+    [
+        ("Digits", PIECES, DIGITS),
+        ("Digits", UNIGRAM["model"], DIGITS),
+        ("byte_fallback", {**UNIGRAM["model"], "byte_fallback": True}, UNIGRAM["pre_tokenizer"]),
+        ("end_of_word_suffix", {**PIECES, "end_of_word_suffix": "</w>"}, None),
+        ("what has no piece is unknown", {**PIECES, "vocab": {"a": 0}}, None),
+    ],
+)
+def test_pieces_of_another_kind_are_refused(found: str, model: Any, cut: Any) -> None:
+    """llama.cpp would cut "12" otherwise, call unknown what has bytes, or end where it looks for bytes."""
+    with pytest.raises(ModelError, match="has no name for") as error:
+        check_tokenizer({"model": model, "pre_tokenizer": cut})
+    assert found in str(error.value)
+    check_tokenizer({"model": PIECES, "pre_tokenizer": BLANK})  # as Gemma's
 
 
 def test_a_cut_without_a_name_is_refused() -> None:
@@ -357,7 +400,7 @@ def test_an_adapter_whose_model_can_t_be_written_is_not_left_alone(tmp_path: Pat
 
 def pieces() -> ChatTokenizer:
     """SentencePiece's BPE with a blank in front of the first text alone, as transformers has Llama 2's."""
-    core = Tokenizer(models.BPE(vocab={"<s>": 0, "▁": 1, "a": 2, "▁a": 3}, merges=[("▁", "a")]))
+    core = Tokenizer(models.BPE(vocab={"<s>": 0, "▁": 1, "a": 2, "▁a": 3, "<0x00>": 4}, merges=[("▁", "a")]))
     core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     core.add_special_tokens(["<s>"])
     return ChatTokenizer(PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="<s>"))
@@ -368,7 +411,7 @@ def test_a_blank_in_front_of_the_first_text_alone() -> None:
     tokenizer = pieces()
     assert tokenizer.encode(["a<s>a"]) == [[3, 0, 2]]
     for template, prefix in (("<s>{{ messages[0].content }}", False), ("{{ messages[0].content }}", True)):
-        keys = words_of(tokenizer, Template("own", template), {}, 4)
+        keys = words_of(tokenizer, Template("own", template), {}, 5)
         assert keys["tokenizer.ggml.add_space_prefix"] is prefix
         remarks = left_out(core_of(tokenizer), prefixed=prefix)
         assert remarks == ["no second blank in front of a text that begins with one",

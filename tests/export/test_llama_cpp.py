@@ -1,13 +1,16 @@
 """llama.cpp itself reads what was written: the same tokens, the same logits, the same answers as transformers."""
 
+import base64
 import itertools
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from conftest import SHARED
 from families import distance, logits
@@ -125,6 +128,52 @@ def test_it_cuts_texts_as_the_tokenizer_does(name: str, tmp_path: Path) -> None:
         whole = tokenizer.bos_token + text
         ours = tokenizer.encode([whole])[0]
         assert theirs.tokenize(whole.encode(), add_bos=False, special=True) == ours, text
+
+
+def charsmap() -> str:
+    """A line feed and a tab become a blank: a double array as SentencePiece's, of one level."""
+    root, leaf = 256, 512
+    units = [0] * 1024
+    units[0] = root << 10
+    for at, character in enumerate((9, 10)):
+        node = root ^ character
+        units[node] = (node ^ (leaf + 2 * at)) << 10 | 1 << 8 | character
+        units[leaf + 2 * at] = 1 << 31
+    table = b"".join(unit.to_bytes(4, "little") for unit in units)
+    return base64.b64encode(len(table).to_bytes(4, "little") + table + b" \0").decode()
+
+
+def unigrams(scheme: str, *, joined: bool) -> dict[str, Any]:
+    """``tokenizer.json`` of unigrams that were trained on ``TEXTS``."""
+    core = Tokenizer(models.Unigram())
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    if joined:
+        table = {"type": "Precompiled", "precompiled_charsmap": charsmap()}
+        ends = {"type": "Strip", "strip_left": False, "strip_right": True}
+        blanks = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
+        whole = json.loads(core.to_str()) | {"normalizer": {"type": "Sequence", "normalizers": [table, ends, blanks]}}
+        core = Tokenizer.from_str(json.dumps(whole))
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.UnigramTrainer(vocab_size=90, special_tokens=special, unk_token="<unk>", show_progress=False)
+    core.train_from_iterator([text for text in TEXTS[:6] for _ in range(9)], trainer)
+    return dict(json.loads(core.to_str()))
+
+
+@pytest.mark.parametrize(("scheme", "joined"), [("never", False), ("always", False), ("always", True)])
+def test_it_finds_the_unigrams_that_the_tokenizer_does(scheme: str, joined: bool, tmp_path: Path) -> None:
+    core, base = unigrams(scheme, joined=joined), tmp_path / "base"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(core)), bos_token="<s>",
+                                        eos_token="</s>", unk_token="<unk>")  # fmt: skip
+    shape = KNOWN["llama"].settings | {"num_hidden_layers": 1, "vocab_size": len(tokenizer)}
+    LlamaForCausalLM(LlamaConfig(**shape, bos_token_id=1, eos_token_id=2)).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    written(tmp_path / "m.gguf", model=str(base))
+    theirs, ours = opened(tmp_path / "m.gguf"), ChatTokenizer.load(str(base))
+    # A blank in front of one that is there already is told of, where no blanks are joined.
+    first = [" lead", "  two before", "two behind  ", "\tx\n"] if joined or scheme == "never" else []
+    for text in (*TEXTS, *first):
+        for whole in (text, "<s>" + text):
+            assert theirs.tokenize(whole.encode(), add_bos=False, special=True) == ours.encode([whole])[0], whole
 
 
 def test_verify_asks_it(tmp_path: Path, tiny_model: Path) -> None:

@@ -134,6 +134,15 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_is_left(kind: str, bas
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
+def test_a_tensor_that_stays_dense_has_to_be_finite_too(base: Path, tmp_path: Path) -> None:
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.embed_tokens.weight"][3, 1] = float("-inf")
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(QuantizationError, match=r"^model\.embed_tokens\.weight: 1 of "):
+        quantize(base, tmp_path / "out", KINDS["nf4"])
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
 def test_a_packed_base_is_refused(base: Path, tmp_path: Path) -> None:
     out = quantize(base, tmp_path / "out", KINDS["nf4"])
     with pytest.raises(ModelError, match=r"are quantised \(nf4\), and this needs dense ones(.|\n)*way out"):
@@ -146,7 +155,7 @@ def test_a_folder_in_use_and_unknown_settings_are_refused(base: Path, tmp_path: 
     quantize(base, tmp_path / "out", KINDS["nf4"])
     with pytest.raises(OutputError, match="already holds a model"):
         truetune.quantize(str(base), str(tmp_path / "out"), quant="nf4")
-    with pytest.raises(QuantizationError, match=r"no linear layer called 'up'(.|\n)*up_proj x2"):
+    with pytest.raises(QuantizationError, match=r"no layer to pack called 'up'(.|\n)*up_proj x2"):
         truetune.quantize(str(base), str(tmp_path / "new"), quant="nf4", quant_skip=("up",))
     settings: list[tuple[dict[str, Any], str]] = [
         ({}, "say what to quantise to"),

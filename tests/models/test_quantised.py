@@ -138,6 +138,22 @@ def test_dense_parts_can_be_written_to_and_the_file_stays(base: Path) -> None:
     assert (base / "model.safetensors").read_bytes() == before
 
 
+@pytest.mark.parametrize("stored", [False, True], ids=["packed on the way", "packed afterwards"])
+def test_what_is_written_to_one_model_is_written_to_no_other(stored: bool, base: Path, tmp_path: Path) -> None:
+    """Both have the same file's pages, until one is trained or gets the trained parts of an adapter."""
+    folder = quantize(base, tmp_path / "packed", KINDS["nf4"]) if stored else base
+    quant = None if stored else KINDS["nf4"]
+    one, other = load(folder, quant=quant), load(folder, quant=quant)
+    before = logits(other)
+    with torch.no_grad():
+        for name, tensor in tensors(one).items():
+            if tensor.is_floating_point() and "norm" in name:
+                tensor.zero_()
+    assert not torch.equal(logits(one), before)
+    assert torch.equal(logits(other), before)
+    assert torch.equal(logits(load(folder, quant=quant)), before)
+
+
 def test_loading_leaves_the_process_as_it_was(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "0")
     verbosity = transformers.logging.get_verbosity()
@@ -235,6 +251,9 @@ def test_other_methods_are_refused_by_name(base: Path) -> None:
     [
         ({"load_in_4bit": True, "bnb_4bit_quant_type": "af4"}, "bnb_4bit_quant_type 'af4'(.|\n)*nf4 or fp4"),
         ({"load_in_8bit": True, "llm_int8_has_fp16_weight": True}, "llm_int8_has_fp16_weight"),
+        ({"load_in_8bit": True, "llm_int8_threshold": "six"}, "llm_int8_threshold 'six'(.|\n)*a number"),
+        ({"load_in_4bit": True, "llm_int8_skip_modules": "lm_head"}, "llm_int8_skip_modules 'lm_head'(.|\n)*a list"),
+        ({"quant_method": "truetune", "kind": "nf5"}, "kind 'nf5'(.|\n)*nf4 or fp4"),
         (
             {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
             r"_proj\.weight: packed as nf4, and config\.json says fp4",

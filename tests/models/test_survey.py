@@ -14,6 +14,7 @@ from transformers.models.llama import modeling_llama as llama
 
 from fused_models import FAMILIES, FUSABLE, adapted, by_definition, farthest, made, state_of, step
 from step_models import _CONFIGS, PACKED, family
+from truetune.errors import ModelError
 from truetune.models.layers import decoder_layers
 from truetune.models.survey import survey
 
@@ -264,3 +265,13 @@ def test_a_model_that_fails_is_left_as_it_was() -> None:
 class Broken(llama.LlamaRMSNorm):
     def forward(self, hidden_states: Tensor) -> Tensor:
         return hidden_states / (1 // 0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_model_that_answers_nan_is_refused_by_the_tensors_name(bad: float) -> None:
+    model = made("llama")
+    name, weight = list(model.named_parameters())[4]
+    with torch.no_grad():
+        weight.view(-1)[3] = bad
+    with pytest.raises(ModelError, match=rf"answers NaN(.|\n)*{name} holds NaN or infinity"):
+        survey(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -130,8 +131,8 @@ def test_a_weight_that_is_not_finite_is_named_by_its_path(kind: str) -> None:
         replace(model, KINDS[kind], dtype=torch.float32)
 
 
-def test_experts_that_are_one_parameter_stay_dense_and_are_told(tmp_path: Path) -> None:
-    """No layer holds them, so nothing packs them, and they are most of such a model."""
+def test_stacks_that_stay_dense_are_told(tmp_path: Path) -> None:
+    """They are most of such a model."""
     model = Qwen2MoeForCausalLM(
         Qwen2MoeConfig(
             vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
@@ -143,14 +144,19 @@ def test_experts_that_are_one_parameter_stay_dense_and_are_told(tmp_path: Path) 
     assert dense_stacks(model) == {path: weight.nbytes for path, weight in before.items()}
     model.save_pretrained(tmp_path)
     said: list[str] = []
-    loaded = load_model(str(tmp_path), dtype=torch.float32, quant=KINDS["nf4"], warn=said.append)
+    recipe = dataclasses.replace(KINDS["nf4"], skip=("experts",), experts=True)
+    loaded = load_model(str(tmp_path), dtype=torch.float32, quant=recipe, warn=said.append)
     assert packed_layers(loaded)
     assert all(torch.equal(loaded.get_parameter(path), weight) for path, weight in before.items())
     assert len(said) == 1
     assert "4 stacks of matrices (experts.gate_up_proj, experts.down_proj)" in said[0]
     assert said[0].startswith("0.0 MB")
+    recipe = dataclasses.replace(KINDS["nf4"], skip=("gate_up_proj",), experts=True)
+    loaded = load_model(str(tmp_path), dtype=torch.float32, quant=recipe, warn=said.append)
+    assert set(dense_stacks(loaded)) == {path for path in stacks if path.endswith("gate_up_proj")}
     load_model(str(tmp_path), dtype=torch.float32, warn=said.append)
-    assert len(said) == 1
+    load_model(str(tmp_path), dtype=torch.float32, quant=dataclasses.replace(recipe, skip=()), warn=said.append)
+    assert len(said) == 2
 
 
 def test_convolutions_are_no_stacks() -> None:

@@ -222,6 +222,8 @@ def test_a_broken_expression_is_refused(shop: Shop) -> None:
         (["--max-length", "20"], "12 of 12 rows are longer than 20 tokens"),
         (["--val-data", "nowhere.jsonl"], "nowhere.jsonl: no such file or folder"),
         (["--resume", "nowhere"], "--resume: nowhere is no checkpoint"),
+        (["--rank", "99999999999"], "less to train: a lower --rank"),
+        (["--epochs", "1e30"], "--epochs"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(shop: Shop, flags: list[str], said: str) -> None:

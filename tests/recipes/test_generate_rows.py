@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from serve.live import make_adapter
 from truetune.cli.main import main
+from truetune.config.lora import LoRA
 
 
 @pytest.fixture
@@ -58,6 +60,33 @@ def test_a_run_that_was_cut_short_is_gone_on_with(
     assert sorted(out.read_text(encoding="utf-8").splitlines(keepends=True)) == sorted(whole)
 
 
+def test_answers_of_another_setup_are_never_taken_for_these(
+    tiny_model: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, adapter = tmp_path / "out.jsonl", tmp_path / "adapter"
+    make_adapter(tiny_model, adapter, LoRA(rank=2, alpha=8), seed=1)
+    ask(capsys, tiny_model, rows, out)
+    before = out.read_bytes()
+    assert ask(capsys, tiny_model, rows, out, "--rows", "2")["kept"] == 3
+    argv = ["generate", "--model", str(tiny_model), "--input", str(rows), "--output", str(out), "--max-new-tokens"]
+    for flags in (["7"], ["6", "--adapter", str(adapter)], ["6", "--temperature", "1"], ["6", "--template", "chatml"]):
+        assert main([*argv, *flags]) == 2
+        assert "holds answers of another model" in " ".join(capsys.readouterr().err.split())
+    assert out.read_bytes() == before
+
+
+def test_rows_that_one_trains_on_can_be_asked(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    asked = [{"instruction": "Add", "input": "1.", "output": "2"}, {"prompt": "Add\n\n1."}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in asked), encoding="utf-8")
+    ask(capsys, tiny_model, path, out)
+    first, second = sorted(lines(out), key=lambda row: row["row"])
+    assert first["answer"] == second["answer"]
+    assert first["output"] == "2"
+
+
 def test_a_row_that_does_not_fit_is_written_with_its_reason(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -71,7 +100,18 @@ def test_a_row_that_does_not_fit_is_written_with_its_reason(
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("", "has no rows"), ("{", "row 1: not valid JSON"), ('{"prompt": "x"}\n{"text": "y"}\n', "row 2: no prompt")],
+    [
+        ("", "has no rows"),
+        ("{", "row 1: not valid JSON"),
+        ('{"prompt": "x"}\n{"text": "y"}\n', "row 2: no prompt"),
+        ("[1]", "row 1: no prompt"),
+        ('{"messages": [{"role": "user"}]}', "row 1: no prompt"),
+        ('{"instruction": 1}', "row 1:"),
+        (
+            '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}',
+            "ends with an answer",
+        ),
+    ],
 )
 def test_a_file_that_is_no_list_of_prompts_is_refused(
     text: str, said: str, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

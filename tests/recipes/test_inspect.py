@@ -41,6 +41,18 @@ def test_a_model(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert facts(tiny_model / "model.safetensors", capsys) == found
 
 
+@pytest.mark.parametrize("flags", [["nf4", "--double-quant"], ["int8"]])
+def test_a_packed_model_has_the_parameters_that_it_stands_for(
+    flags: list[str], tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["quantize", str(tiny_model), str(tmp_path / "packed"), "--quant", *flags]) == 0
+    found, dense = facts(tmp_path / "packed", capsys), facts(tiny_model, capsys)
+    assert found["quantised"] == ("nf4, double quantised" if flags[1:] else "int8")
+    assert found["parameters"] == dense["parameters"]
+    assert found["size_mb"] <= dense["size_mb"]
+    assert "quantised" not in dense
+
+
 def test_an_adapter(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = facts(run / "adapter", capsys)
     assert (found["kind"], found["rank"], found["template"]) == ("adapter", 2, "own")

@@ -84,6 +84,24 @@ def test_two_models(tiny_model: Path, tmp_path: Path, ask: Ask) -> None:
     assert rows["model.norm.weight"]["how"] == "max |Δ| 0.5"
 
 
+def test_two_models_with_the_same_weights(tiny_model: Path, tmp_path: Path, ask: Ask) -> None:
+    """They are not the same: another template, stop or vocabulary makes other answers."""
+    other = Path(shutil.copytree(tiny_model, tmp_path / "other"))
+    core = json.loads((other / "tokenizer.json").read_text(encoding="utf-8"))
+    (other / "tokenizer.json").write_text(json.dumps(core, indent=3), encoding="utf-8")
+    assert ask("--diff", tiny_model, other)["code"] == 0
+    core["added_tokens"][0]["content"] = "<other>"
+    (other / "tokenizer.json").write_text(json.dumps(core), encoding="utf-8")
+    (other / "chat_template.jinja").write_text("{{ messages[0].content }}", encoding="utf-8")
+    (other / "generation_config.json").write_text('{"eos_token_id": 7}', encoding="utf-8")
+    found = ask("--diff", tiny_model, other)
+    assert found["code"] == 1
+    rows = told(found)
+    assert {"tokenizer.json", "chat_template.jinja", "generation_config: eos_token_id"} <= set(rows)
+    assert rows["tokenizer.json"]["how"] == "another content"
+    assert rows["generation_config: eos_token_id"]["b"] == 7
+
+
 def test_two_data_files_row_by_row(tmp_path: Path, ask: Ask) -> None:
     rows = [{"text": f"row {n}"} for n in range(4)]
     for name, held in (("a", rows), ("b", [rows[2], rows[0], {"text": "new"}, rows[1], {"text": "newer"}])):

@@ -127,6 +127,23 @@ def test_through_files_comes_what_comes_from_memory(
     assert "repeats row 4" in said[0]
 
 
+def test_rows_that_a_share_leaves_out_are_counted_the_same(
+    tiny_model: Path, tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "rows.jsonl", rows())
+    lines = path.read_text().splitlines()
+    lines[7] = "{"
+    path.write_text("\n".join(lines))
+    config = sft(tiny_model, path).model_copy(update={"data": (f"{path}=0.5",)})
+    one, other, _ = both_ways(config, cache, capsys)
+    assert (one.rejects, one.report) == (other.rejects, other.report)
+    assert_same(one.train, other.train)
+    assert [str(reject.origin) for reject in other.rejects if reject.reason == "bad_json"] == [f"{path}, row 8"]
+    assert other.report["rejected"]["sampled_out"] == other.rejects.by_choice > 10
+    assert other.report["read"] == other.report["used"] + sum(other.report["rejected"].values())
+    assert prepared(config, large=True).rejects == other.rejects  # from the cache
+
+
 def test_several_files_and_processes_make_the_same(
     tiny_model: Path, tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def test_an_adapter_learns_beside_packed_weights_and_says_which(
     assert f"linear layers in {KINDS[kind]}; the head, embeddings and norms as they are" in said
     assert "2 of 2 layers fused" in said
     card = json.loads((tmp_path / "o" / "adapter" / "truetune.json").read_text())
-    assert recipe_of(card) == KINDS[kind]
+    assert recipe_of(card) == replace(KINDS[kind], experts=True)
     assert recipe_of({"quantisation": None}) is None
 
 
@@ -137,7 +138,7 @@ def test_a_plan_counts_packed_weights(tiny_model: Path, packed: Path, rows: Path
     ("settings", "error", "message"),
     [
         ({"quant": "nf4", "method": "full"}, ConfigError, r"--quant nf4: packed weights can't be trained"),
-        ({"quant": "nf4", "quant_skip": ("up",)}, QuantizationError, r"no linear layer called 'up'(.|\n)*up_proj"),
+        ({"quant": "nf4", "quant_skip": ("up",)}, QuantizationError, r"no layer to pack called 'up'(.|\n)*up_proj"),
         ({"quant": "int8", "double_quant": True}, ConfigError, "--double-quant goes with"),
         ({"quant": "nf5"}, ConfigError, "nf5"),
     ],

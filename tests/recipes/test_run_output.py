@@ -145,6 +145,17 @@ def test_another_run_s_folder_is_refused(tiny_model: Path, data: Path, tmp_path:
     assert (tmp_path / "out" / "log.jsonl").read_text() == before
 
 
+def test_this_folder_is_a_place_for_a_run(
+    tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    run_sft(tiny_model, data, Path("."), max_steps=1)
+    assert Path("run.yaml").is_file()
+    with pytest.raises(OutputError, match=f"--out {tmp_path / 'here-2'}"):
+        run_sft(tiny_model, data, Path("."), max_steps=1)
+
+
 def test_a_folder_with_something_else_is_refused_and_left_alone(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "letter.txt").write_text("dear")

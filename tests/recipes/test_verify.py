@@ -1,6 +1,7 @@
 """``truetune verify`` as a command: what it takes, what it prints and keeps, and what it says of wrong input."""
 
 import json
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from truetune.config.generate import GenerateConfig
 from truetune.config.resolve import resolve
 from truetune.config.verify import VerifyConfig
 from truetune.data.template import Template
-from truetune.errors import CheckpointError, TruetuneError
+from truetune.errors import CheckpointError, ConfigError, TruetuneError
 from truetune.generate.answer import answer_all
 from truetune.recipes import export, verify_reference
 from truetune.recipes.generate import load_speaker
@@ -58,6 +59,7 @@ def test_drift_is_exit_code_1_and_named(
     assert main(["verify", str(run), str(merged), "--prompts", "2", "--max-new-tokens", "4", str(wrong)]) == 1
     out = capsys.readouterr().out
     assert "wrong: 4 of 4 prompts become other tokens" in out
+    assert re.search(r"wrong: the prompt of \S+, row \d+ was '.+', and is '.+'", out)
     assert out.count("drift") == 1
 
 
@@ -139,6 +141,37 @@ def test_an_adapter_with_a_base_of_its_own(tiny_model: Path, tmp_path: Path) -> 
     shutil.copytree(tiny_model, out / "base")
     says, why = verdict(run, out)
     assert (says, "was trained on other weights" in why) == ("drift", True)
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")  # by PEFT, which counts them itself
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"method": "prompt", "virtual_tokens": 3},
+        {"method": "prefix", "virtual_tokens": 3},
+        {"method": "lora", "new_tokens": ["<call>", "<end>"]},
+    ],
+    ids=lambda flags: flags["method"],
+)
+def test_peft_answers_behind_virtual_and_with_new_tokens(
+    flags: dict[str, Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    settings = {"val_split": 0.3, "epochs": 3, "lr": 3e-2}
+    run_sft(tiny_model, write_rows(tmp_path / "rows.jsonl"), tmp_path / "run", **(settings | flags))
+    found = facts(tmp_path / "run", against="peft")
+    assert row_of(found, tmp_path / "run" / "adapter", "peft")["verdict"] == "faithful"
+
+
+def test_what_a_library_cannot_answer_is_said(tiny_model: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl")
+    run_sft(tiny_model, rows, tmp_path / "run", method="bottleneck", max_steps=1)
+    with pytest.raises(ConfigError, match=r"no model's folder(.|\n)*truetune merge"):
+        facts(tmp_path / "run", against="transformers")
+    row = row_of(facts(tmp_path / "run", against="peft"), tmp_path / "run" / "adapter", "peft")
+    assert (row["verdict"], "PEFT has no such method" in row["reasons"][0]) == ("unknown", True)
+    run_sft(tiny_model, rows, tmp_path / "whole", method="full", max_steps=1)
+    found = facts(tmp_path / "whole", against="transformers")
+    assert row_of(found, tmp_path / "whole" / "model", "transformers")["verdict"] == "faithful"
 
 
 # --- settings ------------------------------------------------------------------------------------------------------

@@ -17,15 +17,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
-from torch.nn import functional as F
 
 from truetune.adapters.base import Adapter, Change
 from truetune.adapters.lora import A, B
 from truetune.errors import AdapterError
-from truetune.ops import lowrank
+from truetune.ops import experts, lowrank
 
-_FIRST, _LAST = ("gate_up_proj", "up_proj"), "down_proj"  # as transformers' interface calls the two maps
-_INTERFACE = ("has_gate", "has_bias", "is_transposed", "num_experts")
+_MAPS = {experts.GATED, experts.PLAIN, experts.LAST}
 
 
 class ExpertUpdate(nn.Module):
@@ -124,7 +122,7 @@ class ExpertsLoRA(Adapter):
         super().__init__()
         self.base = base.requires_grad_(False)
         self.updates = nn.ModuleDict(updates)
-        self.is_routed = all(hasattr(base, name) for name in _INTERFACE) and set(updates) <= {*_FIRST, _LAST}
+        self.is_routed = experts.follows_interface(base) and set(updates) <= _MAPS
 
     def adapter_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """A and B of each parameter."""
@@ -152,39 +150,17 @@ class ExpertsLoRA(Adapter):
         return torch.func.functional_call(self.base, sums, args, kwargs)
 
     def _routed(self, hidden: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
-        """Tokens sorted by expert, each expert's together, and back.
-
-        Args:
-            hidden: [tokens, hidden].
-            chosen: [tokens, k] int64, the experts of each token.
-            shares: [tokens, k], what their outputs are multiplied by.
-        """
-        ids = chosen.reshape(-1)
-        order = torch.argsort(ids, stable=True)
-        counts = torch.bincount(ids, minlength=cast(int, self.base.num_experts)).tolist()
+        """Of the experts that got tokens; arguments as ``ops.experts.routed`` takes them."""
         pairs = {name: update.pairs(hidden.dtype) for name, update in self.parts().items()}
-        rows = torch.split(hidden[order // chosen.shape[-1]], counts)
-        outputs = torch.cat([self._expert(e, x, pairs) for e, x in enumerate(rows) if len(x)])
-        weighted = outputs * shares.reshape(-1, 1)[order]
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        return weighted[back].view(*chosen.shape, -1).sum(1).to(hidden.dtype)
 
-    def _expert(self, e: int, x: Tensor, pairs: Mapping[str, Sequence[tuple[Tensor, Tensor]]]) -> Tensor:
-        """[n, hidden] -> [n, hidden] of one expert."""
-        base: Any = self.base
-        first = _FIRST[0] if base.has_gate else _FIRST[1]
-        inner = self._map(first, e, x, pairs.get(first))
-        inner = base._apply_gate(inner) if base.has_gate else base.act_fn(inner)
-        y = self._map(_LAST, e, inner, pairs.get(_LAST))
-        return cast(Tensor, base.post_expert_norm(y)) if getattr(base, "has_post_expert_norm", False) else y
+        def product(name: str, e: int, x: Tensor) -> Tensor:
+            y = experts.product(self.base, name, e, x)
+            return y if name not in pairs else y + lowrank.linear(x, *pairs[name][e], self._update(name).scale)
 
-    def _map(self, name: str, e: int, x: Tensor, pairs: Sequence[tuple[Tensor, Tensor]] | None) -> Tensor:
-        base: Any = self.base
-        weight = getattr(base, name)[e]
-        y = F.linear(x, weight.T if base.is_transposed else weight)
-        if base.has_bias:
-            y = y + getattr(base, f"{name}_bias")[e]
-        return y if pairs is None else y + lowrank.linear(x, *pairs[e], self._update(name).scale)
+        def one(e: int, x: Tensor) -> Tensor:
+            return experts.expert(self.base, e, x, product)
+
+        return experts.routed(hidden, chosen, shares, cast(int, self.base.num_experts), one)
 
     def _update(self, name: str) -> ExpertUpdate:
         return cast(ExpertUpdate, self.updates[name])

@@ -14,7 +14,7 @@ from truetune.adapters.methods import Site
 from truetune.adapters.parameter_targets import owners
 from truetune.config.lora import LoRA
 from truetune.errors import AdapterError
-from truetune.ops.frozen import FrozenLinear
+from truetune.ops.experts import frozen_expert
 
 
 def check_settings(config: LoRA) -> None:
@@ -54,10 +54,10 @@ def wrap_experts(layer: nn.Module, config: LoRA, site: Site) -> ExpertsLoRA | No
 def _begun(layer: nn.Module, name: str, config: LoRA, site: Site) -> ExpertUpdate:
     """A and B where ``--init`` says, expert by expert."""
     own, draw = at_layer(config, f"{site.path}.{name}"), site.generator(f"lora {name}")
-    weight: Tensor = getattr(layer, name).detach()
+    weight: Tensor = getattr(layer, name)
     transposed = weight.ndim == 3 and bool(getattr(layer, "is_transposed", False))
-    experts = weight if weight.ndim == 3 else weight[None]
-    begun = [start(own.init, FrozenLinear(w, transposed), own.rank, generator=draw) for w in experts]
+    matrices = [frozen_expert(layer, name, e) for e in range(len(weight) if weight.ndim == 3 else 1)]
+    begun = [start(own.init, one, own.rank, generator=draw) for one in matrices]
     a, b = stacked([(one.a, one.b) for one in begun])
     return ExpertUpdate(a, b, rank=own.rank, alpha=own.alpha, rank_stabilised=own.use_rslora, transposed=transposed)
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from truetune.adapters.beneath import lay
-from truetune.adapters.folder import digest, no_adapter, read_json, read_pickle, write_json
+from truetune.adapters.folder import check_finite, digest, no_adapter, read_json, read_pickle, write_json
 from truetune.adapters.inject import Attachment, attach, attach_rows, attachment, detach, tied_paths
 from truetune.adapters.methods import module_of
 from truetune.adapters.names import CARD as CARD
@@ -97,7 +97,7 @@ def read(folder: Path, *, mapped: bool = True) -> AdapterFile:
         mapped: tensors may be views of the file. Not for what has to outlive a file that is cut short under its hands:
             the system ends a process that looks at pages which are gone.
     Raises:
-        AdapterError: not an adapter folder, or a file in it that can't be read.
+        AdapterError: not an adapter folder, a file in it that can't be read, or values that are not finite.
     """
     if not (folder / CONFIG).is_file():
         raise no_adapter(folder)
@@ -113,6 +113,7 @@ def read(folder: Path, *, mapped: bool = True) -> AdapterFile:
         tensors = read_pickle(folder / "adapter_model.bin")
     else:
         raise AdapterError(f"{folder} has no {WEIGHTS}")
+    check_finite(folder, tensors)
     return AdapterFile(folder, config, tensors, card, _beneath(folder, config, card, mapped=mapped))
 
 

@@ -45,6 +45,17 @@ def no_adapter(folder: Path) -> AdapterError:
     return AdapterError(f"{folder} is no adapter: it has no {CONFIG}", ("way out", way_out))
 
 
+def check_finite(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse an adapter that makes every answer NaN. Raises AdapterError, with the tensor's name."""
+    for name, tensor in tensors.items():
+        if bad := int((~tensor.isfinite()).sum()):
+            raise AdapterError(
+                f"{folder} holds NaN or infinity: {bad:,} of {tensor.numel():,} values of {name}",
+                ("likely", "a training that went wrong, or a file that was damaged"),
+                ("way out", "an earlier checkpoint of its run: checkpoints/*/adapter"),
+            )
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """An object. Raises AdapterError: it is none."""
     try:

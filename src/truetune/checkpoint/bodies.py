@@ -1,7 +1,7 @@
 """The bytes of a weight file on their way to disk: hashed by one thread while another makes and writes them.
 
-They go piece by piece through a few buffers, small enough that a piece is still in the processor's cache when it is
-hashed and written, and used again and again: fresh memory costs more than the arithmetic of a merge.
+They go piece by piece through buffers that are used again at once, so that a piece is still in a core's own cache when
+it is changed and written: memory that is fresh, or has left the cache, costs more than the arithmetic of a merge.
 """
 
 from __future__ import annotations
@@ -9,17 +9,20 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections import deque
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, BinaryIO
 
 from truetune.checkpoint.atomic import sha256
 
-PIECE_BYTES = 1 << 20
-_BUFFERS = 4
+PIECE_BYTES = 1 << 18
+
+BUFFERS = 3
+"""One that is made and written, one that is hashed, and one between; all of them fit a core's own cache."""
+
 _BEGUN = 32 << 20  # bytes that are begun to be brought to disk at once
 
 Fill = Callable[[memoryview], None]
@@ -46,41 +49,78 @@ class Digest:
         return str(self.sha.hexdigest()) if self.in_order else sha256(path)
 
 
+_Piece = tuple[Digest, int, memoryview | bytes, bytearray | None]
+
+
 class Hashing:
-    """A thread that hashes, and the buffers it reads from."""
+    """A thread that hashes, and the buffers it reads from.
+
+    Pieces are handed over by queues written in C: a future and its locks for each would take as long as a piece's hash.
+    """
 
     def __init__(self) -> None:
-        self._aside = ThreadPoolExecutor(1)  # starts no thread before it has work
-        self._waiting: deque[Future[None]] = deque()
-        self._buffers: list[bytearray] = []
-        self._turn = 0
+        self._work: SimpleQueue[_Piece | threading.Event | None] = SimpleQueue()
+        self._free: list[bytearray] = []  # the last one in is the first one out: it is in the cache
+        self._made, self._size = 0, 0  # buffers, and bytes of each
+        self._thread: threading.Thread | None = None  # there is none before it has work
+        self._failure: BaseException | None = None
 
-    def add(self, digest: Digest, offset: int, data: memoryview | bytes) -> None:
-        """Have a piece hashed; its memory must stay as it is until ``settle``, or for as many pieces as buffers."""
-        while len(self._waiting) >= _BUFFERS - 1:
-            self._waiting.popleft().result()
-        self._waiting.append(self._aside.submit(digest.add, offset, data))
+    def add(self, digest: Digest, offset: int, data: memoryview | bytes, buffer: bytearray | None = None) -> None:
+        """Have a piece hashed; its memory must stay as it is until ``settle``.
+
+        Args:
+            buffer: what ``buffer`` gave for it, which is free again as soon as it is hashed.
+        """
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="hashing", daemon=True)
+            self._thread.start()
+        self._work.put((digest, offset, data, buffer))
 
     def settle(self) -> None:
         """Wait until all of it is hashed."""
-        while self._waiting:
-            self._waiting.popleft().result()
+        if self._thread is not None:
+            done = threading.Event()
+            self._work.put(done)
+            done.wait()
+        if self._failure is not None:
+            raise self._failure
 
-    def buffer(self, size: int) -> memoryview:
-        """Memory for the next piece, which nobody reads any more."""
-        if self._buffers and size > len(self._buffers[0]):
+    def buffer(self, size: int) -> bytearray:
+        """Memory of ``size`` bytes or more for the next piece, which nobody reads any more."""
+        if size > self._size:
             self.settle()
-            self._buffers, self._turn = [], 0
-        if len(self._buffers) < _BUFFERS:
-            self._buffers.append(bytearray(max(size, PIECE_BYTES, *map(len, self._buffers))))
-            return memoryview(self._buffers[-1])[:size]
-        found = self._buffers[self._turn]
-        self._turn = (self._turn + 1) % _BUFFERS
-        return memoryview(found)[:size]
+            self._free, self._made, self._size = [], 0, max(size, PIECE_BYTES)
+        if not self._free and self._made == max(2, BUFFERS * PIECE_BYTES // self._size):
+            self.settle()
+        if self._free:
+            return self._free.pop()
+        self._made += 1
+        return bytearray(self._size)
+
+    def give_back(self, buffer: bytearray) -> None:
+        """A buffer that nobody reads any more."""
+        if len(buffer) == self._size:
+            self._free.append(buffer)
 
     def close(self) -> None:
         """End the thread."""
-        self._aside.shutdown()
+        if self._thread is not None:
+            self._work.put(None)
+            self._thread.join()
+            self._thread = None
+
+    def _run(self) -> None:
+        while (work := self._work.get()) is not None:
+            if isinstance(work, threading.Event):
+                work.set()
+                continue
+            digest, offset, data, buffer = work
+            try:
+                digest.add(offset, data)
+            except BaseException as error:  # told to the thread that waits for the digest
+                self._failure = error
+            if buffer is not None:
+                self.give_back(buffer)
 
 
 @dataclass
@@ -110,16 +150,19 @@ class Body:
         """Write what ``fill`` makes, in pieces that are multiples of ``unit`` bytes."""
         for size in _pieces(nbytes, unit):
             buffer = self.hashing.buffer(size)
-            fill(buffer)
-            self._piece(buffer)
+            piece = memoryview(buffer)[:size]
+            fill(piece)
+            self._piece(piece, buffer)
         self._begin(at_least=PIECE_BYTES)
 
-    def _piece(self, piece: memoryview) -> None:
+    def _piece(self, piece: memoryview, buffer: bytearray | None = None) -> None:
         if self.digest is not None:
-            self.hashing.add(self.digest, self.offset, piece)
+            self.hashing.add(self.digest, self.offset, piece, buffer)
         left = piece
         while left:  # unbuffered, a write may be a part of what was asked for: where a disk gets full, for one
             left = left[self.file.write(left) :]
+        if self.digest is None and buffer is not None:
+            self.hashing.give_back(buffer)
         self.offset += len(piece)
         self._waiting += len(piece)
         self._begin(at_least=_BEGUN)

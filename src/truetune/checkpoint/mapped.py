@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,23 @@ class _Mapping(mmap.mmap):
     """A mapped file; a class of its own so that it can be referred to weakly."""
 
 
-_open: WeakValueDictionary[tuple[str, int, int], Any] = WeakValueDictionary()
+_Open = WeakValueDictionary[tuple[str, int, int], Any]
+_for_all: _Open = WeakValueDictionary()  # of those who only read
+_open: ContextVar[_Open] = ContextVar("mapped_files", default=_for_all)
+
+
+@contextlib.contextmanager
+def own_pages() -> Iterator[None]:
+    """Inside, files are mapped anew, each once.
+
+    For a model: what is trained in it, or loaded into it, is written to its tensors, and no other model of the same
+    files may change by that. What neither writes to is in memory once all the same.
+    """
+    token = _open.set(WeakValueDictionary())
+    try:
+        yield
+    finally:
+        _open.reset(token)
 
 
 def view(entry: TensorEntry) -> Tensor:
@@ -48,11 +66,11 @@ def view(entry: TensorEntry) -> Tensor:
 def _mapped(path: Path) -> _Mapping:
     try:
         stat = path.stat()
-        key = (str(path), stat.st_size, stat.st_mtime_ns)
-        found: _Mapping | None = _open.get(key)
+        key, mapped = (str(path), stat.st_size, stat.st_mtime_ns), _open.get()
+        found: _Mapping | None = mapped.get(key)
         if found is None:
             with path.open("rb") as file:
-                found = _open[key] = _Mapping(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                found = mapped[key] = _Mapping(file.fileno(), 0, access=mmap.ACCESS_COPY)
         return found
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: can't be mapped into memory: {error}") from error

@@ -221,7 +221,9 @@ class TrainingGroup(StepGroup):
         alias=("max_grad_norm", "grad_clip"),
         ge=0,
     )
-    epochs: float = option(3.0, help="passes over the data", group="training", alias=("num_train_epochs",), gt=0)
+    epochs: float = option(
+        3.0, help="passes over the data", group="training", alias=("num_train_epochs",), gt=0, le=1_000_000
+    )
     max_steps: int | None = option(
         None, help="exactly this many optimizer steps, whatever --epochs says", group="training", gt=0
     )

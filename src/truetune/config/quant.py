@@ -25,6 +25,7 @@ class QuantRecipe:
         threshold: activations from here on are outliers, which int8 leaves in floating point; 0 for none.
         of_checkpoint: how stored weights are, and not what somebody asks for: ``skip`` is then the whole list, which
             may also name what is no linear layer.
+        experts: stacks of experts' matrices are packed as well; they were not before there was this field.
     """
 
     kind: QuantKind
@@ -33,6 +34,7 @@ class QuantRecipe:
     blocksize: int = 64
     threshold: float = 6.0
     of_checkpoint: bool = False
+    experts: bool = False
 
     def __str__(self) -> str:
         return f"{self.kind}, double quantised" if self.double else self.kind
@@ -52,7 +54,8 @@ class QuantGroup(Options):
         False, help="quantise the 4-bit blocks' scales as well: 0.4 bits per weight less", group="base"
     )
     quant_skip: tuple[str, ...] = option(
-        (), help="layers to leave unquantised, by parts of their names (down_proj, layers.0); the head always is",
+        (), help="layers to leave unquantised, by parts of their names (down_proj, layers.0, experts); the head always "
+        "is",
         group="base",
     )  # fmt: skip
 
@@ -74,4 +77,4 @@ class QuantGroup(Options):
         """The settings as the layers take them; None for no quantisation."""
         if self.quant == "none":
             return None
-        return QuantRecipe(kind=self.quant, double=self.double_quant, skip=self.quant_skip)
+        return QuantRecipe(kind=self.quant, double=self.double_quant, skip=self.quant_skip, experts=True)

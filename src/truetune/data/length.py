@@ -11,8 +11,6 @@ from truetune.data.rejects import EXCERPT, excerpt
 from truetune.data.schema import Reject, TokenSet
 from truetune.errors import DataError
 
-_AT_ONCE = 4096  # examples that are in memory together, where all of them are in files
-
 OnOverlong = Literal["auto", "error", "drop", "truncate"]
 
 
@@ -23,6 +21,8 @@ def limit_lengths(
     policy: OnOverlong,
     say: Callable[[str], None],
     decode: Callable[[Sequence[int]], str],
+    texts: bool = False,
+    most: int | None = None,
 ) -> tuple[TokenSet, list[Reject]]:
     """Apply ``--on-overlong``.
 
@@ -31,14 +31,16 @@ def limit_lengths(
     Args:
         say: told one line about every kind of change.
         decode: ids into text, for the start of a row in its reject.
+        texts: whether the examples are plain texts, all of them.
+        most: tokens that the model was made for, where that is known: the limit can't be raised beyond.
     Raises:
         DataError: naming each row and its length.
     """
-    long: list[int] = (examples.lengths > max_length).nonzero()[:, 0].tolist()
+    long = _over(examples, max_length)
     if not long:
         return examples, []
     if policy == "error" or (policy == "auto" and len(long) > max(1, len(examples) // 100)):
-        raise _overlong_error(examples, long, max_length)
+        raise _overlong_error(examples, long, max_length, texts=texts, most=most)
     if policy == "truncate":
         say(_cut_words(examples, long, max_length))
         return _rebuild(examples, max_length, cut=True), []
@@ -47,7 +49,7 @@ def limit_lengths(
     rejects = [
         Reject(
             examples.origins[i], "over_length",
-            f"{int(examples.lengths[i]):,} tokens, the limit is {max_length:,}",
+            f"{examples.lengths_of([i])[0]:,} tokens, the limit is {max_length:,}",
             excerpt(decode(examples.example(i)[0][:EXCERPT].tolist())),
         )
         for i in long
@@ -60,10 +62,23 @@ def truncation(before: TokenSet, after: TokenSet) -> dict[str, int]:
     ones that now end within an answer, without the stop token behind it."""
     if len(before) != len(after):  # another policy: rows were left out whole, which is counted as rejects
         return {"rows": 0, "tokens": 0, "without_stop": 0}
-    lost = before.lengths - after.lengths
-    shorter: list[int] = lost.nonzero()[:, 0].tolist()
-    broken = sum(_breaks_an_answer(before, i, int(after.lengths[i])) for i in shorter)
-    return {"rows": len(shorter), "tokens": int(lost.sum()), "without_stop": broken}
+    rows = broken = 0
+    for whole, cut in zip(before.stretches(), after.stretches(), strict=True):
+        lengths = cut.lengths
+        shorter: list[int] = (whole.lengths - lengths).nonzero()[:, 0].tolist()
+        rows += len(shorter)
+        broken += sum(_breaks_an_answer(whole, i, int(lengths[i])) for i in shorter)
+    return {"rows": rows, "tokens": len(before.tokens) - len(after.tokens), "without_stop": broken}
+
+
+def _over(examples: TokenSet, max_length: int) -> list[int]:
+    """The examples of more than ``max_length`` tokens."""
+    found: list[int] = []
+    before = 0
+    for part in examples.stretches():
+        found += ((part.lengths > max_length).nonzero()[:, 0] + before).tolist()
+        before += len(part)
+    return found
 
 
 def _off_the_front(trained: Tensor, max_length: int) -> int:
@@ -99,10 +114,7 @@ def _rows(count: int) -> str:
 
 def _rebuild(examples: TokenSet, max_length: int, *, cut: bool) -> TokenSet:
     """The examples, the long ones cut or left out, written part by part where they are in files."""
-    return examples.gathered(
-        _part(examples.between(first, first + _AT_ONCE), max_length, cut=cut)
-        for first in range(0, len(examples), _AT_ONCE)
-    )
+    return examples.gathered(_part(part, max_length, cut=cut) for part in examples.stretches())
 
 
 def _part(examples: TokenSet, max_length: int, *, cut: bool) -> TokenSet:
@@ -117,20 +129,29 @@ def _part(examples: TokenSet, max_length: int, *, cut: bool) -> TokenSet:
 
 
 def _listing(examples: TokenSet, rows: list[int]) -> str:
-    named = [f"{examples.origins[i]} ({int(examples.lengths[i]):,})" for i in rows[:5]]
+    lengths = examples.lengths_of(rows[:5])
+    named = [f"{examples.origins[i]} ({length:,})" for i, length in zip(rows[:5], lengths, strict=True)]
     return ", ".join(named) + (f", … {len(rows) - 5} more" if len(rows) > 5 else "")
 
 
-def _overlong_error(examples: TokenSet, rows: list[int], max_length: int) -> DataError:
-    listing = "\n".join(f"{examples.origins[i]}: {int(examples.lengths[i]):,} tokens" for i in rows[:20])
+def _overlong_error(
+    examples: TokenSet, rows: list[int], max_length: int, *, texts: bool, most: int | None
+) -> DataError:
+    lengths = examples.lengths_of(rows[:20])
+    listing = "\n".join(f"{examples.origins[i]}: {n:,} tokens" for i, n in zip(rows[:20], lengths, strict=True))
     more = f"\n… and {len(rows) - 20} more" if len(rows) > 20 else ""
     are = "is" if len(rows) == 1 else "are"
     return DataError(
         f"{len(rows):,} of {_rows(len(examples))} {are} longer than {max_length:,} tokens",
         ("rows", listing + more),
-        (
-            "way out",
-            "--on-overlong drop leaves them out, --on-overlong truncate cuts them, --max-length N raises the limit; "
-            "texts can be joined and cut into blocks by --text-blocks",
-        ),
+        ("way out", "--on-overlong drop leaves them out, --on-overlong truncate cuts them"),
+        ("or", _higher(max_length, max(examples.lengths_of(rows)), most)),
+        ("or", "--text-blocks joins the texts and cuts them into blocks, with nothing lost" if texts else ""),
     )
+
+
+def _higher(max_length: int, longest: int, most: int | None) -> str:
+    """What a higher limit would do; ``""`` where the model has no room for one."""
+    if most is None or longest <= most:
+        return f"--max-length {longest} takes them all, with more memory"
+    return f"--max-length {most}, the most that the model was made for" if max_length < most else ""

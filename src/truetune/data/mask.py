@@ -13,16 +13,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Literal
 
-from truetune.data.left_out import left_out
+from truetune.data.answers import Say, answer_spans
+from truetune.data.borders import Encoded, tokenise
+from truetune.data.left_out import Text, left_out
 from truetune.data.schema import Message, Reject, Row, TokenSet
 from truetune.data.template import Template, TextEncoder
 from truetune.errors import TemplateError
 
 TrainOn = Literal["assistant", "last", "all"]
-Say = Callable[..., str]  # Template.render with all but the turns settled
 
 # Rows tokenised at once: a tokenizer keeps a hundred bytes a token until its whole batch is handed over.
 _BATCH = 1024
@@ -67,15 +67,16 @@ def encode_rows(
             rejects.append(Reject(row.origin, "template", error.message))
     parts = []
     for start in range(0, len(rendered), _BATCH):
-        examples, refused = _encode(rendered[start : start + _BATCH], encoder)
+        examples, refused = _encode(rendered[start : start + _BATCH], encoder, stops)
         parts.append(examples)
         rejects += refused
     return TokenSet.join(parts), rejects
 
 
-def _encode(rendered: Sequence[_Rendered], encoder: TextEncoder) -> tuple[TokenSet, list[Reject]]:
+def _encode(rendered: Sequence[_Rendered], encoder: TextEncoder, stops: Sequence[str]) -> tuple[TokenSet, list[Reject]]:
     kept, ids, spans, rejects = [], [], [], []
-    for item, encoded in zip(rendered, _tokenise(rendered, encoder), strict=True):
+    texts = [(item.text, item.spans) for item in rendered]
+    for item, encoded in zip(rendered, tokenise(texts, encoder, stops), strict=True):
         problem = _mask_problem(item, encoded, encoder)
         if problem:
             rejects.append(Reject(item.row.origin, *problem))
@@ -89,7 +90,8 @@ def _encode(rendered: Sequence[_Rendered], encoder: TextEncoder) -> tuple[TokenS
 def _written_stops(encoder: TextEncoder) -> tuple[str, ...]:
     """Stop tokens that a tokenizer finds in plain text too: what contains one ends where nobody meant it to."""
     texts = [(number, encoder.decode([number]).strip()) for number in sorted(encoder.stop_ids)]
-    return tuple(text for number, text in texts if len(text) > 2 and encoder.encode([text])[0] == [number])
+    found = (text for number, text in texts if len(text) > 2 and encoder.encode([text])[0] == [number])
+    return tuple(sorted(found, key=len, reverse=True))  # of two that end a text, the longer one is meant
 
 
 def _render(
@@ -133,43 +135,19 @@ def _worded(row: Row, messages: Sequence[Message], say: Say, *, train_on: TrainO
     full = say(messages, prompt=False)
     if lost := next((name for tool in row.tools if (name := tool["function"]["name"]) not in full), ""):
         raise TemplateError(f"the template leaves out the tool '{lost}'; --tools drop leaves out all of them")
+    text = Text(full)
     for turn, message in enumerate(messages, 1):
         # Of an answer that is not trained, a template may well drop something: its reasoning, once it is past.
-        if (message.role != "assistant" or train_on == "all") and (part := left_out(message, full)):
+        if (message.role != "assistant" or train_on == "all") and (part := left_out(message, text)):
             raise TemplateError(f"the template leaves out a part of turn {turn} ({message.role}): {part}")
     answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
     if train_on == "all":
         start = len(opening) if full.startswith(opening) else 0
-        context = [_answer(messages, i, full, say) for i in answers if not messages[i].train]
-        return _Rendered(row, full, _without(context, start, len(full.rstrip())), whole=True)
+        context = [i for i in answers if not messages[i].train]
+        holes = answer_spans(messages, context, full, say)
+        return _Rendered(row, full, _without(holes, start, len(full.rstrip())), whole=True)
     wanted = answers[-1:] if train_on == "last" else answers
-    return _Rendered(row, full, tuple(_answer(messages, i, full, say) for i in wanted if messages[i].train))
-
-
-def _answer(messages: Sequence[Message], index: int, full: str, say: Say) -> tuple[int, int]:
-    """Where the answer in ``messages[index]`` stands in ``full``: behind the prompt that would be served for it."""
-    before = say(messages[:index], prompt=True)
-    upto = (full if index + 1 == len(messages) else say(messages[: index + 1], prompt=False)).rstrip()
-    if not full.startswith(upto):
-        raise TemplateError(
-            f"the template words turn {index + 1} differently once more turns follow, so what is trained would not "
-            "be what is served; --train-on last trains the last answer alone"
-        )
-    if not upto.startswith(before):
-        raise TemplateError(
-            f"the prompt that the template makes for the answer in turn {index + 1} is not how the text begins that "
-            "would be trained (it opens its reasoning in another way, perhaps), so another prompt would be served"
-        )
-    if part := left_out(messages[index], upto[len(before) :]):
-        raise TemplateError(
-            f"the template leaves out a part of the answer in turn {index + 1} ({part}), so it would not be learned; "
-            + (
-                "--thinking drop trains without it"
-                if part == "its reasoning"
-                else "--template FILE with one that keeps it"
-            )
-        )
-    return len(before), len(upto)
+    return _Rendered(row, full, answer_spans(messages, [i for i in wanted if messages[i].train], full, say))
 
 
 def _without(holes: Sequence[tuple[int, int]], start: int, end: int) -> tuple[tuple[int, int], ...]:
@@ -178,70 +156,7 @@ def _without(holes: Sequence[tuple[int, int]], start: int, end: int) -> tuple[tu
     return tuple((a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b)
 
 
-@dataclass(frozen=True)
-class _Encoded:
-    """One row as tokens, with the stretches that are trained, apart from each other and in their order.
-
-    ``differs`` says which prompt in it is not the one that would be served.
-    """
-
-    tokens: list[int]
-    spans: list[tuple[int, int]]
-    differs: int | None  # counts the trained stretches, from 1
-
-
-def _tokenise(items: Sequence[_Rendered], encoder: TextEncoder) -> list[_Encoded]:
-    """Ids and trained stretches of each text.
-
-    A text is encoded as a whole, and once more up to each border of a span: where the shorter ids are a prefix of the
-    longer ones, their number is the border. Where a merge reaches across a border, the text is cut at all of them
-    instead; behind a cut, a later prompt may then be worded in other tokens than it would be served in.
-    """
-    texts, borders = [], []
-    for item in items:
-        edges = sorted({edge for span in item.spans for edge in span} - {0, len(item.text)})
-        borders.append(edges)
-        texts += [item.text, *(item.text[:edge] for edge in edges)]
-    encoded = iter(encoder.encode(texts))
-    result = []
-    for item, edges in zip(items, borders, strict=True):
-        ids, prefixes = next(encoded), [next(encoded) for _ in edges]
-        if any(ids[: len(prefix)] != prefix for prefix in prefixes):
-            ids, counts = _cut(item.text, edges, encoder)
-        else:
-            counts = [len(prefix) for prefix in prefixes]
-        position = {0: 0, **dict(zip(edges, counts, strict=True)), len(item.text): len(ids)}
-        spans = _joined([(position[start], position[end]) for start, end in item.spans])
-        served = {0: [], len(item.text): ids, **dict(zip(edges, prefixes, strict=True))}
-        differs = (n for n, (start, _) in enumerate(item.spans, 1) if ids[: position[start]] != served[start])
-        result.append(_Encoded(ids, spans, next(differs, None)))
-    return result
-
-
-def _joined(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Stretches that have a token, those that touch as one."""
-    found: list[tuple[int, int]] = []
-    for start, end in spans:
-        if found and start <= found[-1][1]:
-            found[-1] = found[-1][0], max(end, found[-1][1])
-        elif start < end:
-            found.append((start, end))
-    return found
-
-
-def _cut(text: str, edges: Sequence[int], encoder: TextEncoder) -> tuple[list[int], list[int]]:
-    """Encode the pieces between borders one by one: exactly what generation sees at each of them."""
-    bounds = [0, *edges, len(text)]
-    pieces = encoder.encode([text[a:b] for a, b in pairwise(bounds)])
-    ids: list[int] = []
-    counts = []
-    for piece in pieces:
-        ids += piece
-        counts.append(len(ids))
-    return ids, counts[:-1]
-
-
-def _mask_problem(item: _Rendered, encoded: _Encoded, encoder: TextEncoder) -> tuple[str, str] | None:
+def _mask_problem(item: _Rendered, encoded: Encoded, encoder: TextEncoder) -> tuple[str, str] | None:
     """Why an example must not be trained on: no trained token, another prompt than served, an answer without end."""
     tokens, spans = encoded.tokens, encoded.spans
     if encoder.bos_token and tokens[1:2] == tokens[:1] == encoder.encode([encoder.bos_token])[0]:

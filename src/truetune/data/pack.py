@@ -80,6 +80,43 @@ def _best_fit(lengths: Sequence[int], order: Sequence[int], budget: int) -> list
     return bins
 
 
+def bins_needed(rows: Sequence[tuple[int, int]], budget: int) -> int:
+    """How many bins the best fit of ``group`` makes, told by the number of rows of each length alone.
+
+    Rows of one length fill the bins of one room one after another, each as far as it goes: what is left of a bin that
+    took one of them is tighter than any other that would hold the next.
+
+    Args:
+        rows: ``(length, rows of that length)``, no length twice, none above ``budget``.
+    """
+    made = 0
+    bins: dict[int, int] = {}  # by the tokens that are left in them
+    rooms: list[int] = []  # the same tokens, ascending
+
+    def put(room: int, number: int) -> None:
+        if number:
+            if room not in bins:
+                insort(rooms, room)
+            bins[room] = bins.get(room, 0) + number
+
+    for length, count in sorted(rows, reverse=True):
+        while length and count:
+            place = bisect_left(rooms, length)
+            if place < len(rooms):
+                room = rooms.pop(place)
+                there = bins.pop(room)
+            else:
+                room, there = budget, -(-count // (budget // length))
+                made += there
+            most = room // length
+            full, rest = divmod(min(count, there * most), most)
+            put(room - most * length, full)
+            put(room - rest * length, min(rest, 1))
+            put(room, there - full - min(rest, 1))
+            count -= full * most + rest
+    return made
+
+
 def _neighbours(lengths: Sequence[int], order: Sequence[int], budget: int) -> list[list[int]]:
     bins: list[list[int]] = []
     for i in order:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import overload
 
+import torch
 from torch import Tensor
 
 from truetune.data.pack import Batch, collate, group
 from truetune.data.schema import TokenSet
 from truetune.ops.rng import Shuffle, order, token_keys
+
+_GROUPED = 1 << 16  # examples that batches are made of together: as lists, all of them may be more than memory has
 
 
 @dataclass
@@ -76,24 +80,34 @@ class StepPlan:
 
 
 class _InOrder(Sequence[Batch]):
-    """Batches that are made when they are asked for: held-out rows too may be many."""
+    """Batches that are made when they are asked for: held-out rows too may be many.
 
-    def __init__(self, data: TokenSet, groups: list[list[int]], packing: bool) -> None:
-        self._data, self._groups, self._packing = data, groups, packing
+    Batch i holds ``examples[bounds[i]:bounds[i + 1]]``, both int64.
+    """
+
+    def __init__(self, data: TokenSet, examples: Tensor, bounds: Tensor, packing: bool) -> None:
+        self._data, self._examples, self._bounds, self._packing = data, examples, bounds, packing
 
     def __len__(self) -> int:
-        return len(self._groups)
+        return len(self._bounds) - 1
 
     @overload
     def __getitem__(self, index: int) -> Batch: ...
     @overload
-    def __getitem__(self, index: slice) -> _InOrder: ...
-    def __getitem__(self, index: int | slice) -> Batch | _InOrder:
+    def __getitem__(self, index: slice) -> list[Batch]: ...
+    def __getitem__(self, index: int | slice) -> Batch | list[Batch]:
         if isinstance(index, slice):
-            return _InOrder(self._data, self._groups[index], self._packing)
-        return collate(self._data, self._groups[index], packing=self._packing)
+            return [self[i] for i in range(len(self))[index]]
+        first, last = self._bounds[range(len(self))[index] :][:2].tolist()
+        return collate(self._data, self._examples[first:last].tolist(), packing=self._packing)
 
 
 def sequential_batches(data: TokenSet, micro_tokens: int, *, packing: bool) -> Sequence[Batch]:
     """All examples once, for evaluation."""
-    return _InOrder(data, group(data.lengths.tolist(), micro_tokens, packing=packing), packing)
+    examples, sizes = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(1, dtype=torch.int64)]
+    for first in range(0, len(data), _GROUPED):
+        lengths = data.lengths_of(range(first, min(first + _GROUPED, len(data))))
+        groups = group(lengths, micro_tokens, packing=packing)
+        examples.append(torch.tensor(list(chain.from_iterable(groups)), dtype=torch.int64) + first)
+        sizes.append(torch.tensor(list(map(len, groups)), dtype=torch.int64))
+    return _InOrder(data, torch.cat(examples), torch.cat(sizes).cumsum(0), packing)

@@ -10,7 +10,7 @@ import contextlib
 import io
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
 from truetune.data.compressed import PACKINGS, kind_of, opened, packing_of
@@ -20,6 +20,7 @@ from truetune.data.read_json import BOM, holds_lines, not_utf8, parse_lines
 from truetune.data.rejects import excerpt
 from truetune.data.schema import Origin, RawRow, Reject
 from truetune.data.sources import suffix_of
+from truetune.data.standard_input import path_of
 from truetune.errors import DataError
 
 Parts = tuple[list[RawRow], list[Reject]]
@@ -41,6 +42,7 @@ class Block:
         lines: those lines; None where they are still in the file.
         parts: the rows, where they can't be told without reading them.
         lines_or_rows: how many there are at most.
+        path: where the file can be read.
     """
 
     file: str
@@ -50,6 +52,7 @@ class Block:
     lines: bytes | None = None
     parts: Parts | None = None
     lines_or_rows: int = 1
+    path: str = ""
 
     def read(self) -> Parts:
         """The rows and the rejects of this block.
@@ -61,7 +64,7 @@ class Block:
             return self.parts
         lines = self.lines
         if lines is None:
-            with _readable(self.file), open(self.file, "rb") as stream:
+            with _readable(self.file), open(self.path, "rb") as stream:
                 stream.seek(self.offset)
                 lines = stream.read(self.size)
             if len(lines) < self.size:
@@ -75,13 +78,15 @@ def blocks_of(name: str) -> Iterator[Block]:
     Raises:
         DataError: the file is empty or can't be read as a whole. That it has no rows is for the caller to see.
     """
-    suffix = suffix_of(name)
+    path = path_of(name)
+    suffix = suffix_of(path)
     with _readable(name):
-        if os.path.getsize(name) == 0:
+        if os.path.getsize(path) == 0:
             raise DataError(f"{name}: no rows: the file is empty")
         packing = packing_of(suffix)
-        with opened(name, packing) as stream:
-            yield from _blocks(name, suffix.removesuffix(packing), stream, packed=bool(packing))
+        with opened(path, packing) as stream:
+            for block in _blocks(name, suffix.removesuffix(packing), stream, packed=bool(packing)):
+                yield replace(block, path=path)
 
 
 def no_rows(name: str) -> DataError:

@@ -38,6 +38,14 @@ class Entry:
     sha256: str = ""
 
 
+def names_in(registry: str) -> list[str]:
+    """The data sets that ``registry`` has; none where it can't be read, which matters to whoever asks for one."""
+    try:
+        return [str(name) for name in _read(registry)]
+    except DataError:
+        return []
+
+
 def entry_of(registry: str, name: str) -> Entry:
     """The data set that ``registry`` calls ``name``.
 

@@ -6,8 +6,8 @@ table; counted from 1), and keeps both through every stage, so that any later re
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 
 ROLES = ("system", "user", "assistant", "tool")
+
+# What is looked at in one go, at most: examples, and their tokens.
+_STRETCH, _TOKENS = 1 << 14, 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,14 +111,14 @@ class TokenSet:
         trained: [N] bool, True where the token is one to learn.
         offsets: [rows + 1] int64; example i is ``tokens[offsets[i]:offsets[i + 1]]``.
         origins: the row each example came from, length rows.
-        virtual: tokens at the start of every example that are no data.
+        lead: ids in front of every example, which are no data and carry no loss; they stand in none of the arrays.
     """
 
     tokens: Tensor
     trained: Tensor
     offsets: Tensor
     origins: Sequence[Origin] = field(default_factory=list)
-    virtual: int = 0
+    lead: tuple[int, ...] = ()
 
     @classmethod
     def from_lists(
@@ -147,7 +150,7 @@ class TokenSet:
         return cls(
             torch.cat([part.tokens for part in parts]),
             torch.cat([part.trained for part in parts]),
-            torch.cat([torch.zeros(1, dtype=torch.int64), *(part.lengths for part in parts)]).cumsum(0),
+            torch.cat([torch.zeros(1, dtype=torch.int64), *(part.offsets.diff() for part in parts)]).cumsum(0),
             [origin for part in parts for origin in part.origins],
         )
 
@@ -155,14 +158,32 @@ class TokenSet:
         return len(self.offsets) - 1
 
     @property
+    def virtual(self) -> int:
+        """Tokens at the start of every example that are no data."""
+        return len(self.lead)
+
+    @property
     def lengths(self) -> Tensor:
         """[rows] int64, tokens per example."""
-        return self.offsets.diff()
+        return self.offsets.diff() + self.virtual
+
+    def stretches(self) -> Iterator[TokenSet]:
+        """All examples, some thousand at a time: what is asked of them all must not hold something for each."""
+        first = 0
+        while first < len(self):
+            offsets = self.offsets[first : first + _STRETCH + 1]
+            fitting = int(torch.searchsorted(offsets, int(offsets[0]) + _TOKENS, right=True)) - 1
+            yield self.between(first, first + max(1, fitting))  # of long ones fewer, but one in any case
+            first += max(1, fitting)
+
+    def longest(self) -> int:
+        """Tokens of the longest example; 0 where there is none."""
+        return max((int(part.lengths.max()) for part in self.stretches()), default=0)
 
     def lengths_of(self, examples: Sequence[int]) -> list[int]:
         """Tokens of these examples alone: a list of all lengths may be larger than what a run can hold."""
         index = torch.tensor(examples, dtype=torch.int64)
-        found: list[int] = (self.offsets[index + 1] - self.offsets[index]).tolist()
+        found: list[int] = (self.offsets[index + 1] - self.offsets[index] + self.virtual).tolist()
         return found
 
     def gathered(self, parts: Iterable[TokenSet]) -> TokenSet:
@@ -174,33 +195,26 @@ class TokenSet:
         return int(self.tokens.max()) if len(self.tokens) else 0
 
     def example(self, index: int) -> tuple[Tensor, Tensor]:
-        """Example ``index`` as ``(tokens [n] int32, trained [n] bool)`` views."""
+        """Example ``index`` as ``(tokens [n] int32, trained [n] bool)``; views where it has no ``lead``."""
         start, end = int(self.offsets[index]), int(self.offsets[index + 1])
-        return self.tokens[start:end], self.trained[start:end]
+        tokens, trained = self.tokens[start:end], self.trained[start:end]
+        if not self.lead:
+            return tokens, trained
+        flags = torch.cat([torch.zeros(self.virtual, dtype=torch.bool), trained])
+        # What had no predecessor has one now, which knows nothing of the text.
+        flags[self.virtual : self.virtual + 1] = False
+        return torch.cat([torch.tensor(self.lead, dtype=tokens.dtype), tokens]), flags
 
     def behind(self, ids: Sequence[int]) -> TokenSet:
         """The same examples, each behind these ids, which carry no loss."""
-        if not ids:
-            return self
-        count, rows = len(ids), len(self)
-        offsets = self.offsets + count * torch.arange(rows + 1)
-        is_virtual = torch.zeros(int(offsets[-1]), dtype=torch.bool)
-        is_virtual[(offsets[:-1, None] + torch.arange(count)).flatten()] = True
-        tokens = torch.empty(len(is_virtual), dtype=self.tokens.dtype)
-        tokens[is_virtual] = torch.tensor(ids, dtype=self.tokens.dtype).repeat(rows)
-        tokens[~is_virtual] = self.tokens
-        trained = torch.zeros(len(is_virtual), dtype=torch.bool)
-        trained[~is_virtual] = self.trained
-        # What had no predecessor has one now, which knows nothing of the text.
-        trained[offsets[:-1][self.lengths > 0] + count] = False
-        return TokenSet(tokens, trained, offsets, self.origins, self.virtual + count)
+        return replace(self, lead=(*ids, *self.lead))
 
     def between(self, first: int, last: int) -> TokenSet:
         """Examples ``first`` to ``last`` (which is not among them), as views."""
         last = min(last, len(self))
         start, end = int(self.offsets[first]), int(self.offsets[last])
         offsets, origins = self.offsets[first : last + 1] - start, self.origins[first:last]
-        return TokenSet(self.tokens[start:end], self.trained[start:end], offsets, origins, self.virtual)
+        return TokenSet(self.tokens[start:end], self.trained[start:end], offsets, origins, self.lead)
 
     def kept(self, wanted: Tensor) -> TokenSet:
         """What is left where only the ``wanted`` tokens ([N] bool) stay; of an example without any, nothing is."""
@@ -210,15 +224,18 @@ class TokenSet:
         left = counts > 0
         offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts[left].cumsum(0)])
         origins = [self.origins[i] for i in left.nonzero()[:, 0].tolist()]
-        return TokenSet(self.tokens[wanted], self.trained[wanted], offsets, origins, self.virtual)
+        return TokenSet(self.tokens[wanted], self.trained[wanted], offsets, origins, self.lead)
 
-    def ends(self) -> Tensor:
-        """[m] int32: the last token of every trained stretch."""
-        after = torch.cat([self.trained[1:], torch.zeros(1, dtype=torch.bool)])
-        after[self.offsets[1:-1] - 1] = False
-        return self.tokens[self.trained & ~after]
+    def ends(self) -> set[int]:
+        """The tokens that end a trained stretch, each once."""
+        found: set[int] = set()
+        for part in self.stretches():
+            after = torch.cat([part.trained[1:], torch.zeros(1, dtype=torch.bool)])
+            after[part.offsets[1:-1] - 1] = False
+            found.update(part.tokens[part.trained & ~after].tolist())
+        return found
 
     def trained_count(self) -> int:
         """Tokens that carry a loss: the first token of an example has no predecessor to be predicted from."""
-        first = self.trained[self.offsets[:-1][self.lengths > 0]]
+        first = self.trained[self.offsets[:-1][self.offsets.diff() > 0]]
         return int(self.trained.sum()) - int(first.sum())

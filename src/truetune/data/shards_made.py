@@ -19,7 +19,7 @@ from truetune.data.language import holds_code, letters
 from truetune.data.near import Sketches
 from truetune.data.policy import drops
 from truetune.data.read_blocks import Block
-from truetune.data.rejects import faults
+from truetune.data.rejects import Rejects
 from truetune.data.schema import Origin, Reject, Row, TokenSet
 from truetune.data.split import content_key, held_out
 from truetune.data.token_files import load_whole, save_whole
@@ -49,15 +49,15 @@ class Task:
 class Counts:
     """A shard in numbers: what whoever waits for it has to know.
 
-    ``rejected`` rows could not be read or understood, or are left out by choice, which is no fault; ``refused`` ones
-    can't be tokenised. ``letters`` and ``code_rows`` (see ``data.language``) are those of the rows that are trained on;
-    ``dropped`` are rows by the policy that took something off them.
+    ``faulty`` rows could not be read or understood; ``refused`` ones can't be tokenised. ``left_out`` are rows left out
+    by choice, by reason and detail. ``letters`` and ``code_rows`` (see ``data.language``) are those of the rows that
+    are trained on; ``dropped`` are rows by the policy that took something off them.
     """
 
     read: int
     rows: int
-    rejected: int
     faulty: int
+    left_out: dict[str, dict[str, int]]
     refused: int
     templated: bool
     sketched: bool
@@ -76,7 +76,7 @@ class Shard:
         numbers: [rows] int64, the rows' numbers in the file.
         places: [examples] int64, which of those rows each example is.
         sketches: [rows or 0, 128] uint16, see ``data.near``.
-        rejects: rows that could not be read, not be understood, and not be tokenised.
+        rejects: rows that could not be read, not be understood, and not be tokenised; none that is left out by choice.
         refused: which of the understood rows those last ones are.
         counts: all of it in numbers.
     """
@@ -127,6 +127,10 @@ class ShardMaker:
         if raw and task.block.file not in self.choices:
             self.parse(task.first.read()[0], self.form, choices=self.choices)
         rows, misfits = self.parse(raw, self.form, choices=self.choices) if raw else ([], [])
+        left_out: dict[str, dict[str, int]] = {}
+        understood = Rejects(misfits)
+        for (_, reason, detail), count in understood.left_out.items():
+            left_out.setdefault(reason, {})[detail] = count
         examples, refused = self.encode([] if only_check else rows)
         place = {row.origin.row: number for number, row in enumerate(rows)}
         keys = _numbers(content_key(row) for row in rows)
@@ -141,13 +145,13 @@ class ShardMaker:
             numbers=_numbers(row.origin.row for row in rows),
             places=_numbers(place[origin.row] for origin in examples.origins),
             sketches=torch.from_numpy(sketches.matrix),
-            rejects=(unreadable, misfits, refused),
+            rejects=(unreadable, list(understood), refused),
             refused=[place[reject.origin.row] for reject in refused],
             counts=Counts(
                 read=len(raw) + len(unreadable),
                 rows=len(rows),
-                rejected=len(unreadable) + len(misfits),
-                faulty=len(faults([*unreadable, *misfits])),
+                faulty=len(unreadable) + len(understood),
+                left_out=left_out,
                 refused=len(refused),
                 templated=any(row.messages for row in rows),
                 sketched=task.sketched,

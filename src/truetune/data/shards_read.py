@@ -1,7 +1,7 @@
 """Finished shards, read one after another: their rows, and which of them say the same as which.
 
-Rows are compared by their keys, eight bytes each; those that nearly say the same by the sketches that the first shards
-hold.
+Rows are compared by their keys (see ``data.row_keys``); those that nearly say the same by the sketches that the first
+shards hold.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import overload
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from truetune.data.duplicates import LISTED, Head, Likeness, Sketched, compared
+from truetune.data.duplicates import Head, Likeness, Sketched, compared
 from truetune.data.near import LIMIT, Sketches
+from truetune.data.row_keys import RowKeys, Side, compare
 from truetune.data.schema import Origin, Row
 from truetune.data.shards_made import Counts, Shard, load_shard, shard_file
-
-_STRETCH = 1 << 20  # keys that are looked up at once
 
 
 @dataclass(frozen=True)
@@ -64,14 +65,13 @@ class Shards:
         return any(counts.templated for counts in self.counts)
 
     @cached_property
-    def keys(self) -> Tensor:
-        """[rows] int64: ``content_key`` of every row that was understood."""
-        keys = torch.empty(self._ends[-1] if self._ends else 0, dtype=torch.int64)
-        end = 0
-        for shard in self:
-            keys[end : end + len(shard.keys)] = shard.keys
-            end += len(shard.keys)
-        return keys
+    def keys(self) -> RowKeys:
+        """``content_key`` of every row that was understood, gathered in a file beside the shards.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        return RowKeys.write(self.folder / "keys", (shard.keys.numpy() for shard in self))
 
     def origin(self, index: int) -> Origin:
         """Where row ``index`` of those that were understood is."""
@@ -83,70 +83,44 @@ class Shards:
     def _ends(self) -> list[int]:
         return list(itertools.accumulate(counts.rows for counts in self.counts))
 
-    def sketched(self, wanted: Tensor) -> Sketched:
-        """Those of the ``wanted`` rows ([rows] bool) that have sketches, and these."""
-        count = len(wanted)
+    @property
+    def sketched_rows(self) -> int:
+        """The first rows, in whose shards all that have sketches are."""
+        return max((end for end, counts in zip(self._ends, self.counts, strict=True) if counts.sketched), default=0)
+
+    def sketched(self, wanted: NDArray[np.bool_]) -> Sketched:
+        """Those of the ``wanted`` rows ([sketched_rows] bool) that have sketches, and these."""
+        count = self._ends[-1] if self._ends else 0
         # Comparing them takes a kilobyte a row: where there is no room for all of them, it is left to the rest.
         sketches, origins, end = Sketches(LIMIT if count <= LIMIT else LIMIT // 4), list[tuple[str, Tensor]](), 0
         for number, counts in enumerate(self.counts):
-            chosen = wanted[end : end + counts.rows].nonzero()[:, 0]
+            if end >= len(wanted):
+                break
+            chosen = wanted[end : end + counts.rows].nonzero()[0]
             end += counts.rows
             if len(chosen) and counts.sketched and sketches.seen < sketches.limit:
                 shard = self.shard(number)
-                sketches.take(shard.sketches.numpy()[chosen.numpy()])
-                origins.append((self.files[number], shard.numbers[chosen]))
+                sketches.take(shard.sketches.numpy()[chosen])
+                origins.append((self.files[number], shard.numbers[torch.from_numpy(chosen)]))
         return _Rows(origins), sketches
 
 
-def likeness_of(ours: tuple[Shards, Tensor], theirs: tuple[Shards, Tensor]) -> Likeness:
-    """``data.duplicates.likeness`` of rows to train on and held-out ones, each ``(shards, [rows] bool)``.
+def likeness_of(ours: tuple[Shards, Side], theirs: tuple[Shards, Side]) -> Likeness:
+    """``data.duplicates.likeness`` of rows to train on and held-out ones, each of its shards.
 
     Where both are of the same shards, parted by their keys, none can be in both.
     """
     (shards, mine), (others, held) = ours, theirs
-    places = mine.nonzero()[:, 0]
-    again, first = _repeats(shards.keys[places])
-    repeats = [(shards.origin(int(places[a])), shards.origin(int(places[b]))) for a, b in first]
-    new = mine.clone()
-    new[places[again]] = False
-    leaked = torch.empty(0, dtype=torch.int64)
-    if others is not shards:
-        leaked = _among(others.keys, shards.keys[places].sort().values).nonzero()[:, 0]
-        held = held.clone()
-        held[leaked] = False
-    named = [others.origin(int(place)) for place in leaked[:LISTED]]
-    count = int(theirs[1].sum())
+    apart = others is not shards
+    repeats, leaked = compare(mine, held if apart else None, first=(shards.sketched_rows, others.sketched_rows))
+    named = [(shards.origin(row), shards.origin(first)) for row, first in repeats.named]
+    count = held.count()
+    new = leaked.spared if apart else held.first(others.sketched_rows)
     return compared(
-        Head(len(again), repeats), Head(len(leaked), named), shards.sketched(new),
-        others.sketched(held) if count else ([], Sketches()), rows=len(places), held_out=count,
+        Head(repeats.count, named), Head(leaked.count, [others.origin(row) for row, _ in leaked.named]),
+        shards.sketched(repeats.spared), others.sketched(new) if count else ([], Sketches()), rows=mine.count(),
+        held_out=count,
     )  # fmt: skip
-
-
-def _repeats(keys: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
-    """The places of keys that were there before, and the first of them with the place of the first of its kind."""
-    ordered = keys.sort().values
-    same = ordered[1:] == ordered[:-1]
-    begins = same.clone()
-    begins[1:] &= ~same[:-1]
-    twice = ordered[1:][begins]  # each key that is there more than once
-    del ordered, same
-    candidates = _among(keys, twice).nonzero()[:, 0]
-    kinds = torch.searchsorted(twice, keys[candidates])
-    earliest = torch.full((len(twice),), len(keys), dtype=torch.int64)
-    earliest.scatter_reduce_(0, kinds, candidates, "amin")
-    is_again = earliest[kinds] != candidates
-    again = candidates[is_again]
-    return again, list(zip(again[:LISTED].tolist(), earliest[kinds[is_again][:LISTED]].tolist(), strict=True))
-
-
-def _among(keys: Tensor, known: Tensor) -> Tensor:
-    """[n] bool: which keys are in ``known``, which is sorted."""
-    found = torch.zeros(len(keys), dtype=torch.bool)
-    if len(known):
-        for start in range(0, len(keys), _STRETCH):
-            part = keys[start : start + _STRETCH]
-            found[start : start + _STRETCH] = known[torch.searchsorted(known, part).clamp_(max=len(known) - 1)] == part
-    return found
 
 
 class _Rows(Sequence[Row]):

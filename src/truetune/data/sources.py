@@ -17,7 +17,7 @@ from pathlib import Path
 
 from truetune.data import hub, standard_input
 from truetune.data.compressed import PACKINGS, unpacker_of
-from truetune.data.registry import DEFAULT, Entry, check_hash, entry_of
+from truetune.data.registry import DEFAULT, Entry, check_hash, entry_of, names_in
 from truetune.errors import DataError, nearest
 
 _TEXTS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt")
@@ -36,7 +36,7 @@ class Source:
 
     Attributes:
         name: as the user gave it.
-        files: on this machine, in order.
+        files: on this machine, in order; where they can be read tells ``standard_input.path_of``.
         form: their format, or ``""`` for what holds for all.
         columns: which of their columns holds which field, beside what holds for all.
         weight: how often each row is seen in one pass.
@@ -157,13 +157,22 @@ def _entry(name: str) -> Entry | None:
     found = re.fullmatch(r"(.+\.ya?ml):([^/:]+)", name)
     if found:
         return entry_of(os.path.expanduser(found[1]), found[2])
-    bare = re.fullmatch(r"[\w-]+", name) and name != standard_input.NAME and not os.path.lexists(name)
-    return entry_of(DEFAULT, name) if bare and os.path.isfile(DEFAULT) else None
+    if not re.fullmatch(r"[\w-]+", name) or name == standard_input.NAME or not os.path.isfile(DEFAULT):
+        return None
+    if not os.path.lexists(name):
+        return entry_of(DEFAULT, name)
+    if name in names_in(DEFAULT):
+        raise DataError(
+            f"--data {name}: {DEFAULT} has a data set of this name, and there is a file or folder of it as well",
+            ("way out", f"--data {DEFAULT}:{name} for the data set, --data .{os.sep}{name} for the other"),
+        )
+    return None
 
 
 def _expand(path: str) -> list[str]:
-    if path == standard_input.NAME:
-        return [standard_input.spooled()]
+    if standard_input.is_meant(path):
+        standard_input.spooled()
+        return [standard_input.SHOWN]
     if path.startswith(hub.PREFIX):
         return list(hub.fetch(path, SUFFIXES))
     if os.path.isdir(path):

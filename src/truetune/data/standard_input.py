@@ -9,8 +9,23 @@ from pathlib import Path
 
 from truetune.errors import DataError
 
-NAME = "-"
+NAME = "-"  # as the user names it
+SHOWN = "stdin"  # as its rows are named; no data file is called so, for want of a suffix
 _FOLDERS: list[tempfile.TemporaryDirectory[str]] = []  # kept until the program ends, which removes them
+
+
+def is_meant(path: str) -> bool:
+    """Whether a source is standard input: as the user names it, or as its rows do once it was read."""
+    return path == NAME or (path == SHOWN and spooled.cache_info().currsize > 0)
+
+
+def path_of(name: str) -> str:
+    """Where the data file ``name`` can be read: itself, but for standard input.
+
+    Raises:
+        DataError: as ``spooled``.
+    """
+    return spooled() if name == SHOWN else name
 
 
 @functools.cache

@@ -20,6 +20,7 @@ from typing import Any
 from truetune import __version__
 from truetune.config.cache import cache_folder
 from truetune.data.shards import file_digest
+from truetune.data.standard_input import path_of
 from truetune.data.token_files import Tokenised, load_file, load_folder, save_file, save_folder
 from truetune.errors import DataError, TruetuneError
 
@@ -39,9 +40,10 @@ def key_of(settings: Mapping[str, Any], files: Sequence[str]) -> str | None:
     try:
         digest.update(_code_digest())
         for name in files:
-            if not os.path.isfile(name):
+            path = path_of(name)
+            if not os.path.isfile(path):
                 return None
-            digest.update(bytes.fromhex(file_digest(Path(name))))
+            digest.update(bytes.fromhex(file_digest(Path(path))))
     except OSError:
         return None
     return digest.hexdigest()

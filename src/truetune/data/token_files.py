@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from truetune.data.rejects import Rejects
 from truetune.data.schema import Origin, Reject, TokenSet
 from truetune.data.shards import PARTS, MappedSet, Origins, file_digest, open_set
 
@@ -37,7 +38,7 @@ class Tokenised:
 
     train: TokenSet
     held_out: TokenSet | None
-    rejects: list[Reject]
+    rejects: Rejects
     report: dict[str, Any]
     templated: bool = False
     told: tuple[tuple[str, str], ...] = ()
@@ -159,7 +160,8 @@ def _packed(made: Tokenised) -> tuple[dict[str, Tensor], list[Any]]:
 
 def _rest(made: Tokenised) -> list[Any]:
     rejects = [[r.origin.file, r.origin.row, r.reason, r.detail, r.raw] for r in made.rejects]
-    return [rejects, made.report, made.templated, made.told]
+    left_out = [[*what, rows] for what, rows in made.rejects.left_out.items()]
+    return [rejects, left_out, made.report, made.templated, made.told]
 
 
 def _unpacked(tensors: Mapping[str, Tensor], rest: Any) -> Tokenised:
@@ -175,11 +177,14 @@ def _unpacked(tensors: Mapping[str, Tensor], rest: Any) -> Tokenised:
 
 
 def _from_rest(train: TokenSet, held_out: TokenSet | None, rest: Any) -> Tokenised:
-    rejects, report, templated, told = rest
+    rejects, left_out, report, templated, told = rest
     return Tokenised(
         train=train,
         held_out=held_out,
-        rejects=[Reject(Origin(file, row), *words) for file, row, *words in rejects],
+        rejects=Rejects(
+            (Reject(Origin(file, row), *words) for file, row, *words in rejects),
+            {(file, reason, detail): rows for file, reason, detail, rows in left_out},
+        ),
         report=report,
         templated=templated,
         told=tuple((kind, text) for kind, text in told),

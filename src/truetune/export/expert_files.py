@@ -17,29 +17,36 @@ _PARTS = {
 _FOLDERS = ("mlp", "block_sparse_moe", "feed_forward")  # what a layer's mixture is called in files
 
 
-def one_by_one(name: str, change: Change, keys: Collection[str], prefix: str) -> dict[str, Change]:
-    """Tensor in the files → what becomes of it, for a parameter that the files hold in parts; {} where they don't.
+def files_of(name: str, count: int, keys: Collection[str], prefix: str) -> list[list[str]]:
+    """By expert the tensors in the files, from the first row of its matrix to the last; [] where they don't hold it so.
 
     Args:
         name: of the parameter in the model.
-        change: of the whole.
+        count: of experts.
         keys: the checkpoint's names.
         prefix: as ``name_in_checkpoint`` takes it.
     """
     path, _, parameter = name.rpartition(".")
     layer, _, experts = path.rpartition(".")
-    if not isinstance(change, ExpertsChange) or change.transposed:
-        return {}
     parent = layer.rpartition(".")[0]
     for parts in _PARTS.get(parameter, ()):
         for folder in dict.fromkeys((layer, *(f"{parent}.{folder}" for folder in _FOLDERS))):
-            found = {
-                name_in_checkpoint(f"{folder}.{experts}.{e}.{part}.weight", keys, prefix): change.of_one(
-                    e, i, len(parts)
-                )
-                for e in range(len(change.pairs))
-                for i, part in enumerate(parts)
-            }
-            if None not in found:
-                return {key: one for key, one in found.items() if key}
-    return {}
+            stem = f"{folder}.{experts}"
+            found = [
+                [name_in_checkpoint(f"{stem}.{e}.{part}.weight", keys, prefix) for part in parts] for e in range(count)
+            ]
+            if all(key for one in found for key in one):
+                return [[key for key in one if key] for one in found]
+    return []
+
+
+def one_by_one(name: str, change: Change, keys: Collection[str], prefix: str) -> dict[str, Change]:
+    """Tensor in the files → what becomes of it, for a parameter that the files hold in parts; {} where they don't.
+
+    Args:
+        change: of the whole; further arguments as ``files_of``.
+    """
+    if not isinstance(change, ExpertsChange) or change.transposed:
+        return {}
+    found = files_of(name, len(change.pairs), keys, prefix)
+    return {key: change.of_one(e, i, len(parts)) for e, parts in enumerate(found) for i, key in enumerate(parts)}

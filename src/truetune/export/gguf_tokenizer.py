@@ -71,15 +71,18 @@ def tokenizer_keys(core: Mapping[str, Any], rows: int, specials: Specials, templ
             own["add_space_prefix"] = any(p.get("add_prefix_space") for p in _parts(core.get("pre_tokenizer")))
             vocabulary, kind = dict(model["vocab"]), "gpt2"
         case "llama":
+            _check_pieces(core)
             vocabulary, kind = dict(model["vocab"]), "llama"
             own = {"pre": "default", "add_space_prefix": _prepends(core, specials)}
             own["scores"] = _filled(_scores_of_merges(vocabulary, model["merges"]), rows, core, 0.0)
         case _:
+            _check_pieces(core)
             vocabulary, kind = {piece: i for i, (piece, _) in enumerate(model["vocab"])}, "t5"
             own = {"pre": "default", "add_space_prefix": _prepends(core, specials)}
             scores = {i: float(score) for i, (_, score) in enumerate(model["vocab"])}
             own["scores"] = _filled(scores, rows, core, 0.0)
             own |= _charsmap(core)
+            own |= {"remove_extra_whitespaces": True} if own["add_space_prefix"] and _joins_blanks(core) else {}
     tokens, types = _tokens(vocabulary, core, rows, byte_pieces=kind == "llama")
     keys: dict[str, Value] = {"model": kind, **own, "tokens": tokens, "token_type": types, **_special_keys(specials)}
     found: dict[str, Value] = {f"tokenizer.ggml.{name}": value for name, value in keys.items()}
@@ -90,6 +93,8 @@ def check_tokenizer(core: Mapping[str, Any]) -> None:
     """Raises ModelError where ``tokenizer_keys`` would, whatever the number of rows."""
     if _kind(core) == "gpt2":
         _cut(core)
+    else:
+        _check_pieces(core)
 
 
 def left_out(core: Mapping[str, Any], *, prefixed: bool = False) -> list[str]:
@@ -98,16 +103,20 @@ def left_out(core: Mapping[str, Any], *, prefixed: bool = False) -> list[str]:
     Args:
         prefixed: whether the file says that a blank is put in front of texts.
     """
-    known = {"gpt2": {"NFC"}, "llama": {"Prepend"}, "t5": {"Prepend", "Precompiled", "Replace"}}[_kind(core)]
+    kind = _kind(core)
+    joins = kind == "t5" and prefixed and _joins_blanks(core)
+    known = {"gpt2": {"NFC"}, "llama": {"Prepend"}, "t5": {"Prepend", "Precompiled"}}[kind]
     blanks = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     found = [
         f"{part['type']} {part.get('pattern', {}).get('Regex', '')}".strip()
         for part in _parts(core.get("normalizer"))
-        if part["type"] not in known and part != blanks
+        if part["type"] not in known and part != blanks and not (joins and part["type"] in ("Replace", "Strip"))
     ]
     if prefixed and _scheme(core) != "never":
-        found.append("no second blank in front of a text that begins with one")
+        found += [] if joins else ["no second blank in front of a text that begins with one"]
         found += ["a blank in front of the first text alone"] if _scheme(core) == "first" else []
+    if prefixed and kind == "t5" and _prepended(core):
+        found.append("a blank in front of a text of blanks alone")
     return found
 
 
@@ -151,13 +160,35 @@ def _cut(core: Mapping[str, Any]) -> str:
     changes = left_out(core)
     found = _CUTS.get(" ".join(said))
     if found is None or changes:
-        raise ModelError(
-            "the tokenizer cuts texts into words in a way that llama.cpp has no name for",
-            ("found", " then ".join([*changes, *said]) or "no cut at all"),
-            ("known", ", ".join(_CUTS.values())),
-            ("way out", "--to hf: transformers reads the tokenizer as it is"),
-        )
+        raise _nameless([*changes, *said], ", ".join(_CUTS.values()))
     return found
+
+
+def _check_pieces(core: Mapping[str, Any]) -> None:
+    """That nothing but blanks cuts a text before SentencePiece's pieces are looked for, as it is in llama.cpp."""
+    model = core["model"]
+    said = [
+        part["type"]
+        for part in _parts(core.get("pre_tokenizer"))
+        # Gemma's cuts at blanks, of which there are none left by then.
+        if part["type"] != "Metaspace" and (part["type"], part.get("pattern")) != ("Split", {"String": " "})
+    ]
+    said += [name for name in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(name)]
+    if model["type"] == "Unigram" and model.get("byte_fallback"):
+        said.append("bytes where no unigram fits (byte_fallback)")
+    if model["type"] == "BPE" and "<0x00>" not in model["vocab"]:
+        said.append("what has no piece is unknown")  # llama.cpp looks for its bytes, and ends where there are none
+    if said:
+        raise _nameless(said, "pieces that begin with ▁, of texts that nothing else cuts")
+
+
+def _nameless(found: Sequence[str], known: str) -> ModelError:
+    return ModelError(
+        "the tokenizer cuts texts into words in a way that llama.cpp has no name for",
+        ("found", " then ".join(found) or "no cut at all"),
+        ("known", known),
+        ("way out", "--to hf: transformers reads the tokenizer as it is"),
+    )
 
 
 def _merge(pair: str | Sequence[str]) -> str:
@@ -226,9 +257,22 @@ def _prepends(core: Mapping[str, Any], specials: Specials) -> bool:
 
     A tokenizer that puts it in front of the first alone never does in prompts that begin with a special token.
     """
-    normalizes = any(part["type"] == "Prepend" for part in _parts(core.get("normalizer")))
     scheme = _scheme(core)
-    return normalizes or scheme == "always" or (scheme == "first" and not specials.opens)
+    return _prepended(core) or scheme == "always" or (scheme == "first" and not specials.opens)
+
+
+def _prepended(core: Mapping[str, Any]) -> bool:
+    return any(part["type"] == "Prepend" for part in _parts(core.get("normalizer")))
+
+
+def _joins_blanks(core: Mapping[str, Any]) -> bool:
+    """Whether blanks in a row become one, and those at the end none, as SentencePiece has it unless told otherwise.
+
+    Its table of characters makes blanks of line feeds and tabs before; without it, they would be stripped as well.
+    """
+    steps = list(_parts(core.get("normalizer")))
+    joins = any(part["type"] == "Replace" and part["pattern"] == {"Regex": " {2,}"} for part in steps)
+    return joins and {"Precompiled", "Strip"} <= {part["type"] for part in steps}
 
 
 def _scheme(core: Mapping[str, Any]) -> str:

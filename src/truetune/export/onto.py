@@ -7,6 +7,7 @@ precision that packing took away, and differs from what was trained by just that
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -47,15 +48,13 @@ class Drift:
     _repacked: float = 0.0
     _norm: float = 0.0
 
-    def add(self, site: _Site, merged: Tensor, live: Tensor) -> None:
+    def add(self, site: Site, merged: Tensor, live: Tensor) -> None:
         """One weight, as its layer stores it; ``live`` in float32."""
         error, norm = squared(merged, live)
         self._squared, self._norm = self._squared + error, self._norm + norm
         if self.again:
             if site.path in self.paths:
-                layer = quantised(site.layer, self.again, site.path, dtype=self.dtype)
-                layer.pack(merged)
-                merged = _as_stored(layer, site.layer)
+                merged = site.through(self.again, merged, self.dtype)
             self._repacked += squared(merged, live)[0]
 
     @property
@@ -69,17 +68,61 @@ class Drift:
         return (self._repacked / (self._norm or 1.0)) ** 0.5 if self.again else None
 
 
-@dataclass(frozen=True)
-class _Site:
-    """A packed layer of the base: its skeleton, and what the adapter does to its weight."""
+@dataclass(kw_only=True)
+class Site(ABC):
+    """A packed weight of the base, and what the adapter does to it.
+
+    Attributes:
+        path: of the layer, or of the parameter where there is none.
+        change: None where the adapter leaves it alone.
+    """
 
     path: str
-    layer: nn.Module
     change: Change | None
 
+    @abstractmethod
+    def through(self, recipe: QuantRecipe, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """What a dense weight becomes when it is packed, as the base stores it."""
+
     def live(self, dense: Tensor) -> Tensor:
-        """The weight the live model multiplies with, in float32, stored as the layer stores its own."""
+        """The weight the live model multiplies with, in float32, from what the packed one stands for."""
         return self.change(dense.float()) if self.change else dense.float()
+
+    def edit(self, recipe: QuantRecipe, onto: Onto, dtype: torch.dtype, drift: Drift) -> Change:
+        """What a merge makes of the original weight."""
+
+        def apply(weight: Tensor) -> Tensor:
+            live = self.live(self.through(recipe, weight.to(dtype), dtype))
+            if onto == "dequantized":
+                merged = live.to(weight.dtype)
+            else:
+                merged = self.change(weight) if self.change else weight
+            drift.add(self, merged, live)
+            return merged
+
+        return apply
+
+    def unpacked(self, dense: Tensor, dtype: torch.dtype, drift: Drift) -> Tensor:
+        """What a merge makes of what a packed weight stands for."""
+        live = self.live(dense)
+        merged = live.to(dtype)
+        drift.add(self, merged, live)
+        return merged
+
+
+@dataclass(kw_only=True)
+class _LayerSite(Site):
+    layer: nn.Module
+
+    def through(self, recipe: QuantRecipe, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        layer = quantised(self.layer, recipe, self.path, dtype=dtype)
+        layer.pack(weight)
+        return _as_stored(layer, self.layer)
+
+
+def change_of(edit: Edit | Addition | None) -> Change | None:
+    """What an adapter does to a tensor that is there."""
+    return edit.apply if isinstance(edit, Edit) else None
 
 
 def on_quantised(
@@ -115,9 +158,8 @@ def on_quantised(
                  "tensor can't follow"),
                 ("way out", "--onto original"),
             )  # fmt: skip
-        edit = edits.get(name)
-        site = _Site(path, layer, edit.apply if isinstance(edit, Edit) else None)
-        result[name] = Edit(name, _edit(site, recipe, onto, dtype, drift))
+        site = _LayerSite(path=path, layer=layer, change=change_of(edits.get(name)))
+        result[name] = Edit(name, site.edit(recipe, onto, dtype, drift))
     return result
 
 
@@ -138,8 +180,7 @@ def unpacked(
         name = name_in_checkpoint(f"{path}.weight", entries, prefix)
         if name not in packed:
             continue
-        edit = result.pop(name, None)
-        site = _Site(path, layer, edit.apply if isinstance(edit, Edit) else None)
+        site = _LayerSite(path=path, layer=layer, change=change_of(result.pop(name, None)))
         stem = name.removesuffix("weight")
         own = {n.removeprefix(stem): e for n, e in entries.items() if n.startswith(stem) and n != f"{stem}bias"}
         drop += [stem + suffix for suffix in own]
@@ -153,30 +194,12 @@ def stored_packed(entries: Mapping[str, TensorEntry]) -> bool:
     return bool(bnb_state.packed_weights(entries))
 
 
-def _edit(site: _Site, recipe: QuantRecipe, onto: Onto, dtype: torch.dtype, drift: Drift) -> Change:
-    def apply(weight: Tensor) -> Tensor:
-        layer = quantised(site.layer, recipe, site.path, dtype=dtype)
-        layer.pack(weight.to(dtype))
-        live = site.live(_as_stored(layer, site.layer))
-        if onto == "dequantized":
-            merged = live.to(weight.dtype)
-        else:
-            merged = site.change(weight) if site.change else weight
-        drift.add(site, merged, live)
-        return merged
-
-    return apply
-
-
 def _dense(
-    site: _Site, own: Mapping[str, TensorEntry], recipe: QuantRecipe, dtype: torch.dtype, drift: Drift
+    site: _LayerSite, own: Mapping[str, TensorEntry], recipe: QuantRecipe, dtype: torch.dtype, drift: Drift
 ) -> Tensor:
     layer = quantised(site.layer, recipe, site.path, dtype=dtype)
     layer.fill({suffix: view(entry) for suffix, entry in own.items()})
-    live = site.live(_as_stored(layer, site.layer))
-    merged = live.to(dtype)
-    drift.add(site, merged, live)
-    return merged
+    return site.unpacked(_as_stored(layer, site.layer), dtype, drift)
 
 
 def _as_stored(layer: QuantLinear, skeleton: nn.Module) -> Tensor:

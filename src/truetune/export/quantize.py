@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from truetune.checkpoint.header import PlannedTensor, TensorEntry
+from truetune.checkpoint.header import TensorEntry
 from truetune.checkpoint.shards import ShardWriter
-from truetune.checkpoint.tensors import load, name_in_checkpoint, open_index
+from truetune.checkpoint.tensors import name_in_checkpoint, open_index
 from truetune.config.quant import QuantRecipe
 from truetune.errors import ModelError
-from truetune.export.difference import squared
+from truetune.export.expert_files import files_of
 from truetune.export.new_folder import appearing, check_out, side_contents
+from truetune.export.packing import Dense, Errors, Experts, Item, Layer
 from truetune.ops.allocator import return_freed_memory
-from truetune.ops.frozen import is_conv1d
-from truetune.quant import bnb_state
-from truetune.quant.replace import quantisable, quantised
+from truetune.quant.replace import linear_layers, planned_stacks, quantisable
+from truetune.quant.stack import OWN, Stack
 
 
 @dataclass(frozen=True)
@@ -58,37 +58,37 @@ def quantize_checkpoint(
     return_freed_memory()
     entries = open_index(base)
     check_out(base, out)
-    layers = _layers(model, recipe, entries)
-    if not layers:
+    items = _items(model, recipe, entries, dtype)
+    packed = sum(not isinstance(item, Dense) for item in items)
+    if not packed:
         raise ModelError(f"{base}: holds no weight of a linear layer to quantise")
-    plan = [planned for entry in entries.values() for planned in _planned(entry, layers, recipe, dtype)]
+    plan = [planned for item in items for planned in item.planned()]
     total = sum(tensor.nbytes for tensor in plan)
     files = side_contents(base, {"quantization_config": config_of(recipe, model, dtype), "dtype": _name(dtype)}, {})
-    errors, done = [0.0, 0.0], 0
+    errors, done = Errors(), 0
     with (
         appearing(out.resolve(), files, total) as partial,
         ShardWriter(partial, plan, max_shard_bytes=max_shard_bytes) as writer,
     ):
-        for entry in entries.values():
-            for name, tensor in _made(entry, layers, recipe, dtype, errors):
+        for item in items:
+            for name, tensor in item.made(errors):
                 writer.write(name, tensor)
                 done += tensor.nbytes
             if progress is not None:
                 progress(done, total)
     before = sum(entry.nbytes for entry in entries.values())
-    relative = (errors[0] / errors[1]) ** 0.5 if errors[1] else 0.0
-    return QuantizeReport(len(layers), len(entries) - len(layers), before, total, relative)
+    return QuantizeReport(packed, len(items) - packed, before, total, errors.relative)
 
 
 def config_of(recipe: QuantRecipe, model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
-    """``quantization_config`` of ``config.json``, as transformers reads it."""
-    chosen = set(quantisable(model, recipe))
-    linear = (path for path, module in model.named_modules() if type(module) is nn.Linear or is_conv1d(module))
-    four = recipe.kind != "int8"
+    """``quantization_config`` of ``config.json``, as transformers reads it; with packed experts it is our own."""
+    experts = planned_stacks(model, recipe, dtype=dtype)
+    chosen, four = {*quantisable(model, recipe), *experts}, recipe.kind != "int8"
+    could = [path for path, _ in linear_layers(model)]
+    could += planned_stacks(model, replace(recipe, skip=()), dtype=dtype)
     return {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": four,
-        "load_in_8bit": not four,
+        "quant_method": OWN if experts else "bitsandbytes",
+        **({"kind": recipe.kind} if experts else {"load_in_4bit": four, "load_in_8bit": not four}),
         "bnb_4bit_quant_type": recipe.kind if four else "fp4",
         "bnb_4bit_use_double_quant": recipe.double,
         "bnb_4bit_compute_dtype": _name(dtype),
@@ -96,56 +96,44 @@ def config_of(recipe: QuantRecipe, model: nn.Module, dtype: torch.dtype) -> dict
         "llm_int8_threshold": recipe.threshold,
         "llm_int8_has_fp16_weight": False,
         "llm_int8_enable_fp32_cpu_offload": False,
-        "llm_int8_skip_modules": [path for path in linear if path not in chosen],
+        "llm_int8_skip_modules": [path for path in could if path not in chosen],
     }
 
 
-def _layers(model: nn.Module, recipe: QuantRecipe, entries: Mapping[str, TensorEntry]) -> dict[str, tuple[str, Any]]:
-    """Name of a stored weight → ``(path, layer)``."""
-    prefix = getattr(model, "base_model_prefix", "")
-    named = {path: name_in_checkpoint(f"{path}.weight", entries, prefix) for path in quantisable(model, recipe)}
-    if missing := [path for path, name in named.items() if name is None]:
-        raise ModelError(
-            f"the files have no tensor {missing[0]}.weight" + (f", and {len(missing) - 1} more" if missing[1:] else ""),
-            ("likely", "transformers renames or joins this model's weights while loading, which quantising tensor by "
-             "tensor can't follow"),
-            ("way out", "--quant with sft or generate, which packs them after that"),
-        )  # fmt: skip
-    return {name: (path, model.get_submodule(path)) for path, name in named.items() if name}
+def _items(model: nn.Module, recipe: QuantRecipe, entries: Mapping[str, TensorEntry], dtype: torch.dtype) -> list[Item]:
+    """What becomes of the tensors, in the order of the files."""
+    prefix = str(getattr(model, "base_model_prefix", ""))
+    where: dict[str, Item | None] = {}
+    for path in quantisable(model, recipe):
+        name = name_in_checkpoint(f"{path}.weight", entries, prefix)
+        if name is None:
+            raise _not_there(f"{path}.weight")
+        where[name] = Layer(entries[name], path, model.get_submodule(path), recipe, dtype)
+    for path, stack in planned_stacks(model, recipe, dtype=dtype).items():
+        where |= _of_stack(path, stack, entries, prefix)
+    found = (where.get(name, Dense(entry, dtype)) for name, entry in entries.items())
+    return [item for item in found if item is not None]
 
 
-def _planned(
-    entry: TensorEntry, layers: Mapping[str, Any], recipe: QuantRecipe, dtype: torch.dtype
-) -> Iterator[PlannedTensor]:
-    if entry.name not in layers:
-        yield PlannedTensor(entry.name, dtype if entry.dtype.is_floating_point else entry.dtype, entry.shape)
-        return
-    rows, columns = entry.shape[::-1] if is_conv1d(layers[entry.name][1]) else entry.shape
-    stem = entry.name.removesuffix("weight")
-    if recipe.kind == "int8":
-        yield PlannedTensor(entry.name, torch.int8, (rows, columns))
-        yield PlannedTensor(f"{stem}SCB", torch.float32, (rows,))
-        yield PlannedTensor(f"{stem}weight_format", torch.uint8, ())
-        return
-    parts = bnb_state.planned4(recipe.kind, (rows, columns), blocksize=recipe.blocksize, double=recipe.double)
-    for suffix, (part_dtype, values) in parts.items():
-        yield PlannedTensor(entry.name + suffix, part_dtype, (values, 1) if not suffix else (values,))
+def _of_stack(path: str, stack: Stack, entries: Mapping[str, TensorEntry], prefix: str) -> dict[str, Item | None]:
+    """In the place of the first of its tensors the stack, of the others nothing."""
+    if name := name_in_checkpoint(path, entries, prefix):
+        return {name: Experts(name, stack, whole=entries[name])}
+    matrices = files_of(path, stack.shape[0], entries, prefix)
+    if not matrices:
+        raise _not_there(path)
+    first, *others = [key for keys in matrices for key in keys]
+    found = Experts(path, stack, matrices=[[entries[key] for key in keys] for keys in matrices])
+    return {first: found, **dict.fromkeys(others)}
 
 
-def _made(
-    entry: TensorEntry, layers: Mapping[str, Any], recipe: QuantRecipe, dtype: torch.dtype, errors: list[float]
-) -> Iterator[tuple[str, Tensor]]:
-    dense = load(entry)
-    if entry.name not in layers:
-        yield entry.name, dense.to(dtype) if dense.is_floating_point() else dense
-        return
-    path, skeleton = layers[entry.name]
-    layer = quantised(skeleton, recipe, path, dtype=dtype)
-    layer.pack(dense.to(dtype))
-    error, norm = squared(layer.frozen_weight().dense(), dense.T if is_conv1d(skeleton) else dense)
-    errors[0], errors[1] = errors[0] + error, errors[1] + norm
-    stem = entry.name.removesuffix("weight")
-    yield from ((stem + name, tensor) for name, tensor in layer.packed().items())
+def _not_there(name: str) -> ModelError:
+    return ModelError(
+        f"the files have no tensor {name}",
+        ("likely", "transformers renames or joins this model's weights while loading, which quantising tensor by "
+         "tensor can't follow"),
+        ("way out", "--quant with sft or generate, which packs them after that"),
+    )  # fmt: skip
 
 
 def _name(dtype: torch.dtype) -> str:

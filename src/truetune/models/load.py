@@ -18,12 +18,13 @@ from truetune.models.library import explained, quiet
 from truetune.models.names import check_config, only_local
 from truetune.models.names import is_local as is_local
 from truetune.models.names import model_folder as model_folder
-from truetune.models.quantised import check_dense_files, load_quantised, method_of, quantization_fields, stored_recipe
-from truetune.models.quantised import dense_config as dense_config
+from truetune.models.quantised import check_dense_files, load_quantised
+from truetune.models.stored import READ, method_of, quantization_fields, stored_recipe
+from truetune.models.stored import dense_config as dense_config
 from truetune.models.weights import check_weights
 from truetune.models.weights import fingerprint as fingerprint
 from truetune.models.weights import weight_hash as weight_hash
-from truetune.quant.replace import replace
+from truetune.quant.replace import quantisable_stacks, replace
 from truetune.quant.replace import stacks_remark as stacks_remark
 
 if TYPE_CHECKING:  # three seconds of processor time; what only reads files does without
@@ -69,7 +70,7 @@ def check_readable(name: str, config: Any) -> QuantRecipe | None:
     fields = quantization_fields(config)
     if not fields:
         return None
-    if method_of(fields) == "bitsandbytes":
+    if method_of(fields) in READ:
         return stored_recipe(config)
     raise ModelError(
         f"--model: the weights of {name} are quantised ({method_of(fields) or 'unnamed'}, by its quantization_config)",
@@ -207,6 +208,11 @@ def plan_quantised(model: PreTrainedModel, recipe: QuantRecipe, *, dtype: torch.
         QuantizationError: a name of ``recipe.skip`` that no layer has.
     """
     replace(model, recipe, dtype=dtype)
+
+
+def packs_experts(model: PreTrainedModel, recipe: QuantRecipe) -> bool:
+    """Whether a recipe packs stacks of experts of this dense model, which no other program reads."""
+    return bool(quantisable_stacks(model, recipe))
 
 
 def _cap_scores(model: PreTrainedModel) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from truetune.errors import ConfigError
+from truetune.errors import ConfigError, ModelError
 from truetune.models.library import explained, quiet
 from truetune.models.load import skeleton
 
@@ -44,19 +44,37 @@ def check_peft() -> None:
         raise ConfigError("--against peft: PEFT is not installed here", ("way out", "pip install peft"))
 
 
-def load_by_peft(base: Path, adapter: Path, *, dtype: torch.dtype, device: str) -> Any:
-    """``PeftModel.from_pretrained`` on the base, in ``eval`` mode.
+def load_by_peft(base: Path, adapter: Path, *, dtype: torch.dtype, device: str, tokens: int | None = None) -> Any:
+    """``PeftModel.from_pretrained`` on the base, in ``eval`` mode; its logits are those of the given tokens alone.
 
+    Args:
+        tokens: rows that the embedding table has to have; None for those it has.
     Raises:
         ConfigError: PEFT is not installed.
         ModelError: the base or the adapter does not load.
     """
     check_peft()
     peft = importlib.import_module("peft")  # for this comparison alone: nothing of the product depends on it
-    with explained(str(adapter)), quiet(), warnings.catch_warnings():
+    with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its advice is for who trains with it
-        model = AutoModelForCausalLM.from_pretrained(str(base), dtype=dtype, local_files_only=True)
-        return peft.PeftModel.from_pretrained(model, str(adapter)).to(device).eval()
+        with explained(str(base)):
+            model = AutoModelForCausalLM.from_pretrained(str(base), dtype=dtype, local_files_only=True)
+        if tokens is not None:
+            model.resize_token_embeddings(tokens, mean_resizing=False)
+        try:
+            model = peft.PeftModel.from_pretrained(model, str(adapter)).to(device).eval()
+        except Exception as error:  # of a library that is not ours, about a file that it may not know
+            said = " ".join(str(error).split())[:200]
+            raise ModelError(f"PEFT does not load {adapter}", ("because", f"{type(error).__name__}: {said}")) from None
+    model.register_forward_hook(_of_the_tokens, with_kwargs=True)
+    return model
+
+
+def _of_the_tokens(_: Any, args: tuple[Any, ...], given: Mapping[str, Any], output: Any) -> Any:
+    """PEFT answers for its virtual tokens in front as well, where these are embeddings."""
+    ids = given["input_ids"] if "input_ids" in given else args[0]
+    output["logits"] = output.logits[:, -ids.shape[1] :]
+    return output
 
 
 def of_weights(config: Any, state: Mapping[str, Tensor], *, device: str) -> Any:

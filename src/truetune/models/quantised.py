@@ -20,51 +20,17 @@ from truetune.checkpoint.header import TensorEntry
 from truetune.checkpoint.tensors import load, name_in_checkpoint, open_index, weight_files
 from truetune.config.quant import QuantRecipe
 from truetune.errors import ModelError, QuantizationError
+from truetune.models.stored import dense_config
 from truetune.quant import bnb_state
 from truetune.quant.base import QuantLinear
-from truetune.quant.replace import linear_layers, quantisable, replace
+from truetune.quant.experts import MAPS, QuantExperts, stacks_of
+from truetune.quant.replace import linear_layers, quantisable, quantisable_stacks, replace, replace_experts
+from truetune.quant.stack import parts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", bnb_state.STATE)
-
-
-def stored_recipe(config: Any) -> QuantRecipe | None:
-    """How a checkpoint is quantised, by its config; None for one that is not, or not by bitsandbytes.
-
-    Raises:
-        ModelError: a setting of it that this version can't follow.
-    """
-    fields = quantization_fields(config)
-    if method_of(fields) != "bitsandbytes":
-        return None
-    skip = tuple(fields.get("llm_int8_skip_modules") or ())
-    if fields.get("load_in_8bit"):
-        if fields.get("llm_int8_has_fp16_weight"):
-            raise ModelError("--model: quantised with llm_int8_has_fp16_weight, which stores no packed weights")
-        threshold = float(fields.get("llm_int8_threshold", 6.0))
-        return QuantRecipe(kind="int8", skip=skip, threshold=threshold, of_checkpoint=True)
-    kind = fields.get("bnb_4bit_quant_type", "fp4")
-    if kind not in ("nf4", "fp4"):
-        raise ModelError(f"--model: bnb_4bit_quant_type {kind!r}", ("expected", "nf4 or fp4"))
-    double = bool(fields.get("bnb_4bit_use_double_quant"))
-    return QuantRecipe(kind=kind, double=double, skip=skip, of_checkpoint=True)
-
-
-def quantization_fields(config: Any) -> dict[str, Any]:
-    """``quantization_config`` of a config; empty where there is none."""
-    settings = getattr(config, "quantization_config", None)
-    settings = settings or getattr(config.get_text_config(), "quantization_config", None) or {}
-    return dict(settings) if isinstance(settings, Mapping) else dict(vars(settings))
-
-
-def method_of(fields: Mapping[str, Any]) -> str:
-    """Who quantised it; old configs of bitsandbytes don't say."""
-    kind = fields.get("quant_method") or fields.get("quant_algo")
-    if not kind and ("load_in_4bit" in fields or "load_in_8bit" in fields):
-        return "bitsandbytes"
-    return str(getattr(kind, "value", kind or ""))
 
 
 class _Lazy:
@@ -84,6 +50,7 @@ class _Lazy:
         return self.dtype.is_floating_point
 
 
+@mapped.own_pages()
 def load_quantised(
     folder: Path, config: Any, recipe: QuantRecipe, *, dtype: torch.dtype, is_packed: bool
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -114,6 +81,7 @@ def load_quantised(
                 layer = model.get_submodule(path)
                 layer.awaits_packed = True
                 shapes[name] = layer.weight.shape
+            _prepare_stacks(model, recipe, named, shapes, prefix, dtype)
     else:
         to_pack = set[str]()
         state = {name: _Lazy(entry, _reader(to_pack, dtype)) for name, entry in entries.items()}
@@ -123,7 +91,11 @@ def load_quantised(
             names = {path: name_in_checkpoint(f"{path}.weight", entries, prefix) for path in paths}
             to_pack.update(name for name in names.values() if name)
             lost.update(path for path, name in names.items() if not name)
-            replace(model, recipe, paths, dtype=dtype)
+            stacks = [f"{path}.{own}" for path, found in quantisable_stacks(model, recipe).items() for own in found]
+            to_pack.update(name for own in stacks if (name := name_in_checkpoint(own, entries, prefix)))
+            # What the loader joins to other tensors is copied anyway: of a view its pages would stay.
+            to_pack.update(set(entries) - {name_in_checkpoint(own, entries, prefix) for own in model.state_dict()})
+            replace(model, recipe, dtype=dtype)
 
     with _absent_named(lost):
         model, info = _from_state(cls, config, state, prepare, dtype)
@@ -152,6 +124,18 @@ def _from_state(
         )
     model.__class__ = cls
     return model, info
+
+
+def _prepare_stacks(
+    model: Any, recipe: QuantRecipe, named: Mapping[str, str], shapes: dict[str, torch.Size], prefix: str, dtype: Any
+) -> None:
+    """Modules for the stacks of experts that the files hold packed."""
+    for path, module in list(model.named_modules()):
+        where = {own: name_in_checkpoint(f"{path}.{own}", named, prefix) for own in stacks_of(module)}
+        if found := {own: name for own, name in where.items() if name}:
+            experts = replace_experts(model, path, list(found), recipe, dtype=dtype)
+            experts.awaits_packed = True
+            shapes.update({name: getattr(experts, own).shape for own, name in found.items()})
 
 
 @contextlib.contextmanager
@@ -189,14 +173,6 @@ def _absent_named(lost: Collection[str]) -> Iterator[None]:
         ) from None
 
 
-def dense_config(config: Any) -> Any:
-    """The config without its word on quantisation, which would call for the library that it names."""
-    config = type(config).from_dict(config.to_dict() | {"quantization_config": None})
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    return config
-
-
 def _reader(to_pack: set[str], dtype: torch.dtype) -> Callable[[TensorEntry], Tensor]:
     """What is packed is read, to be forgotten; what stays as it is, is a view of its file."""
     return lambda entry: load(entry) if entry.name in to_pack or entry.dtype != dtype else mapped.view(entry)
@@ -230,7 +206,8 @@ def _checked_weights(folder: Path, entries: Mapping[str, TensorEntry], recipe: Q
         if kind != recipe.kind:
             raise QuantizationError(f"{name}: packed as {kind}, and config.json says {recipe.kind}")
     for name, entry in entries.items():
-        if name.endswith(".weight") and not entry.dtype.is_floating_point and name not in named:
+        codes = not entry.dtype.is_floating_point and not _is_part(name, entries)
+        if codes and name.endswith((".weight", *MAPS)) and name not in named:
             parts = "SCB" if entry.dtype == torch.int8 else f"{name}.absmax and {name}{bnb_state.STATE}{recipe.kind}"
             raise QuantizationError(f"{name}: codes without what they mean", ("missing", parts))
     return named
@@ -265,8 +242,24 @@ def _fill(model: PreTrainedModel, entries: Mapping[str, TensorEntry], packed: Ma
             module.fill({suffix: mapped.view(entry) for suffix, entry in own.items()})
             module.awaits_packed = False
             left.discard(name)
+        elif isinstance(module, QuantExperts):
+            left -= _fill_stacks(path, module, entries, packed, prefix)
+            module.awaits_packed = False
     if left:
         raise QuantizationError(
             f"{len(left)} packed weights belong to no linear layer of this model",
             ("tensors", ", ".join(sorted(left)[:6])),
         )
+
+
+def _fill_stacks(
+    path: str, module: QuantExperts, entries: Mapping[str, TensorEntry], packed: Mapping[str, str], prefix: str
+) -> set[str]:
+    """Names in the files of the stacks that were filled."""
+    found = set[str]()
+    for own in module.names:
+        name = name_in_checkpoint(f"{path}.{own}", packed, prefix)
+        assert name is not None
+        module.fill(own, {p: mapped.view(entries[key]) for p, key in parts_of(name, entries, module.recipe).items()})
+        found.add(name)
+    return found

@@ -23,7 +23,7 @@ from truetune.checkpoint.tensors import name_in_checkpoint
 from truetune.errors import ModelError
 from truetune.models.layers import decoder_layers
 from truetune.ops.allocator import trim
-from truetune.quant.base import QuantLinear
+from truetune.quant.packed import Packed
 
 # Share of a base that has to lie in files for streaming to be of use; norms in float32 may be copies.
 _STREAMABLE = 0.8
@@ -178,14 +178,14 @@ def _frozen(module: nn.Module) -> Iterator[Tensor]:
 def _own(module: nn.Module) -> Iterator[Tensor]:
     """The frozen tensors of one module, its children's not counted."""
     yield from (p.detach() for p in module.parameters(recurse=False) if not p.requires_grad)
-    if isinstance(module, QuantLinear) and module.is_filled:
-        yield from module.packed().values()
+    if isinstance(module, Packed):
+        yield from module.stored()
 
 
 def frozen_bytes(model: nn.Module) -> int:
     """Bytes of all that is frozen, wherever it lies; packed weights as they are packed, a shared tensor once."""
-    packed = [module for module in model.modules() if isinstance(module, QuantLinear)]
-    weights = {id(module.weight) for module in packed}
+    packed = [module for module in model.modules() if isinstance(module, Packed)]
+    weights = {id(getattr(module, name)) for module in packed for name in module.nbytes_by_parameter}
     others = {id(p): p for p in model.parameters() if not p.requires_grad and id(p) not in weights}
     return sum(p.nbytes for p in others.values()) + sum(module.packed_bytes for module in packed)
 
@@ -200,15 +200,18 @@ def copied_bytes(model: PreTrainedModel, entries: Mapping[str, TensorEntry], dty
     """
     copied: dict[int, int] = {}
     for path, module in model.named_modules():
+        codes = module.nbytes_by_parameter if isinstance(module, Packed) else {}
         for name, parameter in module.named_parameters(recurse=False):
             stored = name_in_checkpoint(f"{path}.{name}".removeprefix("."), entries, model.base_model_prefix)
             entry = entries[stored] if stored else None
-            packed = isinstance(module, QuantLinear) and name == "weight"
-            nbytes = module.packed_bytes if isinstance(module, QuantLinear) and packed else parameter.nbytes
-            copied.setdefault(id(parameter), nbytes)
+            copied.setdefault(id(parameter), codes.get(name, parameter.nbytes))
             if entry is None or entry.offset % entry.dtype.itemsize:
                 continue
-            if entry.dtype in _CODES if packed else (entry.dtype, entry.shape) == (dtype, tuple(parameter.shape)):
+            if (
+                entry.dtype in _CODES
+                if name in codes
+                else (entry.dtype, entry.shape) == (dtype, tuple(parameter.shape))
+            ):
                 copied[id(parameter)] = 0  # under one of its names, if it is shared
     return sum(copied.values())
 

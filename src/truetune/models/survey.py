@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from truetune.errors import ModelError
 from truetune.models.attention import (
     AttentionSettings,
     PackedRow,
@@ -73,6 +75,8 @@ def survey(model: PreTrainedModel, *, longest: int | None = None) -> Survey:
     Args:
         longest: tokens of the longest example. A window that no example exceeds does not matter; every window does when
             this is not known.
+    Raises:
+        ModelError: the model answers NaN.
     """
     windows = {window for window in _windows_of(model.config) if longest is None or window < longest}
     texts = _texts(model, windows, longest)
@@ -82,6 +86,7 @@ def survey(model: PreTrainedModel, *, longest: int | None = None) -> Survey:
     try:
         with torch.no_grad(), quiet(), unrounded():
             alone, scores = _alone(model, layers, texts)
+            _check_numbers(model, scores)
             core, head = _head(model, alone, scores)
             with segmented(model), set_to(witness, seen):
                 packs = _packs(model, layers, texts, alone, scores)
@@ -95,6 +100,19 @@ def survey(model: PreTrainedModel, *, longest: int | None = None) -> Survey:
     finally:
         for module in learning:
             module.training = True
+
+
+def _check_numbers(model: PreTrainedModel, scores: Tensor) -> None:
+    """NaN is like nothing, itself included: every comparison below would tell of something else."""
+    if not scores.isnan().any():
+        return
+    tensors = chain(model.named_parameters(), model.named_buffers())
+    bad = next((name for name, tensor in tensors if tensor.is_floating_point() and not tensor.isfinite().all()), "")
+    raise ModelError(
+        "the model answers NaN to a few plain tokens",
+        ("likely", f"{bad} holds NaN or infinity" if bad else ""),
+        ("way out", "copy or download the model again" if bad else "--dtype float32, whose range is wider"),
+    )
 
 
 def _texts(model: PreTrainedModel, windows: set[int], longest: int | None) -> list[Tensor]:

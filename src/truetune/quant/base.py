@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -13,9 +13,10 @@ from typing_extensions import Self
 from truetune.errors import QuantizationError
 from truetune.ops.frozen import FrozenLinear, FrozenWeight, is_conv1d
 from truetune.ops.projection import Group, Projection, project
+from truetune.quant.packed import Packed
 
 
-class QuantLinear(nn.Module, ABC):
+class QuantLinear(nn.Module, Packed):
     """A linear layer with a packed weight.
 
     Until it is filled, ``weight`` is [out, in] on the meta device. Assigning a dense weight to it packs that at once,
@@ -131,9 +132,19 @@ class QuantLinear(nn.Module, ABC):
         """
 
     @property
-    @abstractmethod
-    def packed_bytes(self) -> int:
-        """Bytes of the codes and scales, known before there are any."""
+    def dense_values(self) -> int:
+        """See ``Packed``."""
+        return self.in_features * self.out_features
+
+    @property
+    def dense_at_once(self) -> int:
+        """See ``Packed``."""
+        return self.dense_values
+
+    def stored(self) -> Iterator[Tensor]:
+        """See ``Packed``."""
+        if self.is_filled:
+            yield from self.packed().values()
 
     @abstractmethod
     def packed(self) -> dict[str, Tensor]:

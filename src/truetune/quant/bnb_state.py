@@ -26,10 +26,14 @@ _STATE_BYTES = 320
 
 
 def packed_weights(names: Collection[str]) -> dict[str, str]:
-    """Name of each packed weight among a checkpoint's tensors → its kind: ``int8``, or as its 4-bit state says."""
+    """Name of each packed weight among a checkpoint's tensors → its kind: ``int8``, or as its 4-bit state says.
+
+    Stacks of experts' matrices are among them (``quant.experts``), whose names need not end in ``weight``.
+    """
     states = (name.partition(STATE) for name in names if STATE in name)
     found = {weight: kind for weight, _, kind in states}
-    found |= {f"{name.removesuffix('SCB')}weight": "int8" for name in names if name.endswith(".SCB")}
+    scales = [name.removesuffix(".SCB") for name in names if name.endswith(".SCB")]
+    found |= {stem if stem in names else f"{stem}.weight": "int8" for stem in scales}
     return {weight: kind for weight, kind in found.items() if weight in names}
 
 

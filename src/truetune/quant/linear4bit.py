@@ -120,11 +120,11 @@ class Linear4bit(QuantLinear):
         self._packed = replace(self.packed4(), codes=codes, absmax=absmax, nested=nested)
 
     @property
-    def packed_bytes(self) -> int:
-        """Bytes of the codes and scales."""
+    def nbytes_by_parameter(self) -> Mapping[str, int]:
+        """See ``Packed``."""
         shape = (self.out_features, self.in_features)
         planned = bnb_state.planned4(self.kind, shape, blocksize=self.blocksize, double=self.is_double)
-        return sum(values * planned_dtype.itemsize for planned_dtype, values in planned.values())
+        return {"weight": sum(values * part_dtype.itemsize for part_dtype, values in planned.values())}
 
     def extra_repr(self) -> str:
         """Sizes and form, for ``print(model)``."""

@@ -89,9 +89,9 @@ class Linear8bit(QuantLinear):
         return FrozenLinear8bit(self.weight.detach(), self._scale, self.threshold, self.dtype)
 
     @property
-    def packed_bytes(self) -> int:
-        """Bytes of the codes and scales."""
-        return self.out_features * (self.in_features + 4)
+    def nbytes_by_parameter(self) -> Mapping[str, int]:
+        """See ``Packed``."""
+        return {"weight": self.out_features * (self.in_features + 4)}
 
     def packed(self) -> dict[str, Tensor]:
         """``weight``, ``SCB`` and ``weight_format`` (0: by rows)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -11,9 +11,10 @@ from torch import nn
 from truetune.config.quant import QuantRecipe
 from truetune.errors import QuantizationError, counted, nearest
 from truetune.ops.frozen import is_conv1d
-from truetune.quant.base import QuantLinear
-from truetune.quant.linear4bit import Linear4bit
-from truetune.quant.linear8bit import Linear8bit
+from truetune.quant.experts import QuantExperts, stacks_of
+from truetune.quant.form import quantised as quantised
+from truetune.quant.packed import Packed
+from truetune.quant.stack import Stack, stack_of
 
 # Small, and their errors choose an expert or a class: the last parts of their names.
 _ROUTERS = ("gate", "router", "shared_expert_gate", "classifier", "score")
@@ -32,7 +33,7 @@ def quantisable(model: nn.Module, recipe: QuantRecipe | None = None) -> list[str
     skip, stored = (recipe.skip, recipe.of_checkpoint) if recipe else ((), False)
     leave = {*skip, *(getattr(model, "_keep_in_fp32_modules", None) or ())}
     if not stored:
-        _check_names(skip, layers)
+        _check_names(skip, [*layers, *(f"{path}.{name}" for path, name in _all_stacks(model))])
         leave.update(_ROUTERS)
     elif skip:  # who wrote this list put the head on it, or quantised that too
         head = None
@@ -44,7 +45,7 @@ def _check_names(skip: Iterable[str], layers: Iterable[str]) -> None:
         if not any(_has(path, name) for path in layers):
             leaves = Counter(path.rsplit(".", 1)[-1] for path in layers)
             raise QuantizationError(
-                f"--quant-skip: the model has no linear layer called '{name}'",
+                f"--quant-skip: the model has no layer to pack called '{name}'",
                 ("did you mean", nearest(name, leaves)),
                 ("it has", ", ".join(f"{leaf} x{count}" for leaf, count in leaves.items())),
             )
@@ -55,18 +56,47 @@ def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((path, module) for path, module in model.named_modules() if type(module) is nn.Linear or is_conv1d(module))
 
 
-def dense_stacks(model: nn.Module) -> dict[str, int]:
-    """Path of each parameter that is a stack of matrices, as a mixture keeps its experts → its bytes.
+def _all_stacks(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """``(path of a module of experts, stack)`` of those that could be packed."""
+    return ((path, name) for path, module in model.named_modules() for name in stacks_of(module))
 
-    They are no linear layers, so they are not packed.
+
+def quantisable_stacks(model: nn.Module, recipe: QuantRecipe) -> dict[str, tuple[str, ...]]:
+    """Path of each module of experts → those of its stacks of matrices to quantise; none where the recipe says so."""
+    if not recipe.experts:
+        return {}
+    found = dict[str, tuple[str, ...]]()
+    for path, name in _all_stacks(model):
+        if not any(_has(f"{path}.{name}", skip) for skip in recipe.skip):
+            found[path] = (*found.get(path, ()), name)
+    return found
+
+
+def planned_stacks(model: nn.Module, recipe: QuantRecipe, *, dtype: torch.dtype) -> dict[str, Stack]:
+    """Path of each parameter that ``quantisable_stacks`` finds → the form that it gets."""
+    return {
+        (whole := f"{path}.{name}"): stack_of(model.get_submodule(path), name, recipe, dtype=dtype, path=whole)
+        for path, names in quantisable_stacks(model, recipe).items()
+        for name in names
+    }
+
+
+def dense_stacks(model: nn.Module) -> dict[str, int]:
+    """Path of each parameter that stays a dense stack of matrices → its bytes.
+
+    Experts are not among them where they were packed; some models keep theirs in a way that is not known here.
     """
     return {
         f"{path}.{name}".removeprefix("."): parameter.nbytes
         for path, module in model.named_modules()
         if not isinstance(module, (nn.Conv1d, nn.ConvTranspose1d))
         for name, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim == 3 and parameter.is_floating_point()
+        if parameter.ndim == 3 and parameter.is_floating_point() and name not in _codes_of(module)
     }
+
+
+def _codes_of(module: nn.Module) -> Mapping[str, int]:
+    return module.nbytes_by_parameter if isinstance(module, Packed) else {}
 
 
 def stacks_remark(model: nn.Module) -> str | None:
@@ -77,35 +107,35 @@ def stacks_remark(model: nn.Module) -> str | None:
     megabytes = sum(found.values()) / 1e6
     size = f"{megabytes:,.{0 if megabytes >= 10 else 1}f} MB"
     names = ", ".join(dict.fromkeys(".".join(path.split(".")[-2:]) for path in found))
-    return (
-        f"{size} of the model stay dense: {counted(len(found), 'stack')} of matrices ({names}), which are no linear "
-        "layers"
-    )
+    return f"{size} of the model stay dense: {counted(len(found), 'stack')} of matrices ({names})"
 
 
 def replace(model: nn.Module, recipe: QuantRecipe, paths: Iterable[str] | None = None, *, dtype: torch.dtype) -> int:
     """Put quantised layers in place of linear ones; weights that are there are quantised, meta ones as they come.
 
     Args:
-        paths: which; default those of ``quantisable``.
+        paths: which; default those of ``quantisable``, and the stacks of ``quantisable_stacks``.
         dtype: that the layers compute in.
     Returns:
-        How many.
+        How many linear layers.
     """
     chosen = quantisable(model, recipe) if paths is None else list(paths)
+    for path, names in quantisable_stacks(model, recipe).items() if paths is None else ():
+        replace_experts(model, path, names, recipe, dtype=dtype)
     for path in chosen:
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, quantised(model.get_submodule(path), recipe, path, dtype=dtype))
     return len(chosen)
 
 
-def quantised(layer: nn.Module, recipe: QuantRecipe, path: str, *, dtype: torch.dtype) -> QuantLinear:
-    """One layer in the form of a recipe."""
-    if recipe.kind == "int8":
-        return Linear8bit.from_base(layer, threshold=recipe.threshold, dtype=dtype, path=path)
-    return Linear4bit.from_base(
-        layer, kind=recipe.kind, blocksize=recipe.blocksize, double=recipe.double, dtype=dtype, path=path
-    )
+def replace_experts(
+    model: nn.Module, path: str, names: Sequence[str], recipe: QuantRecipe, *, dtype: torch.dtype
+) -> QuantExperts:
+    """Put a module of experts with packed stacks in place of a dense one."""
+    parent, _, name = path.rpartition(".")
+    packed = QuantExperts(model.get_submodule(path), names, recipe, dtype=dtype, path=path)
+    setattr(model.get_submodule(parent), name, packed)
+    return packed
 
 
 def _head(model: nn.Module) -> nn.Module | None:

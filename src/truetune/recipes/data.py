@@ -13,9 +13,11 @@ from typing import Any
 from truetune.config.options import group_of
 from truetune.config.sft import PretrainConfig, SFTConfig, TrainConfig
 from truetune.data.compressed import PACKINGS
-from truetune.data.schema import Reject, TokenSet
+from truetune.data.rejects import Rejects
+from truetune.data.schema import TokenSet
 from truetune.data.shards import MappedSet
 from truetune.data.sources import find_files, find_sources, passed_over
+from truetune.data.standard_input import path_of
 from truetune.data.template import Template
 from truetune.data.token_cache import key_of, through_cache
 from truetune.data.token_files import Tokenised
@@ -44,7 +46,7 @@ class Prepared:
     train: TokenSet
     held_out: TokenSet | None
     template: Template | None
-    rejects: list[Reject]
+    rejects: Rejects
     report: dict[str, Any]
     system: str | None = None
     date: str | None = None
@@ -78,19 +80,21 @@ def prepare_sft(
     screen: Screen,
     date: str | None = None,
     card: Mapping[str, Any] | None = None,
+    most: int | None = None,
 ) -> Prepared:
     """Read, check, render and tokenise instruction data, or take what an earlier run made of it.
 
     Args:
         date: the day (ISO) that a template tells, as the run was started with; today when None.
         card: of the adapter that is trained on, whose template is taken unless another is named.
+        most: tokens of the longest example that the model has room for, where that is known.
     Raises:
         DataError, TemplateError: naming file and row.
     """
     today = date or datetime.now().date().isoformat()
     # One reading, for tokens, key and result.
     wording = functools.cache(lambda: wording_of(config, tokenizer, today, card or {}))
-    how = Instructions(config, tokenizer, max_length, wording)
+    how = Instructions(config, tokenizer, max_length, wording, most)
     made, cached = _made(functools.partial(_key, config, tokenizer, max_length, wording), how, screen)
     template, day = wording() if made.templated else (None, None)
     system = config.system if made.templated else None
@@ -105,8 +109,12 @@ def prepare_pretrain(
     screen: Screen,
     date: str | None = None,
     card: Mapping[str, Any] | None = None,
+    most: int | None = None,
 ) -> Prepared:
-    """Read raw text, tokenise it and cut it into blocks of ``max_length``; there is no template to tell the date."""
+    """Read raw text, tokenise it and cut it into blocks of ``max_length``.
+
+    There is no template to tell the date or to be in ``card``, and no text that could be longer than ``most``.
+    """
     how = Texts(config, tokenizer, max_length)
     made, cached = _made(functools.partial(_key, config, tokenizer, max_length), how, screen)
     return Prepared(made.train, made.held_out, None, made.rejects, made.report, cached=cached)
@@ -119,7 +127,7 @@ def is_large(config: TrainConfig) -> bool:
     """
     try:
         files = [file for paths in (config.data, config.val_data) if paths for file in find_files(paths)]
-        return sum(os.path.getsize(file) * (4 if file.endswith(_PACKED) else 1) for file in files) > LARGE
+        return sum(os.path.getsize(path_of(file)) * (4 if file.endswith(_PACKED) else 1) for file in files) > LARGE
     except (DataError, OSError):
         return False
 
@@ -160,7 +168,7 @@ def _states(config: TrainConfig) -> _States:
     """Of each data file what changes when it is written to; none where they can't be found: reading will say why."""
     try:
         files = {file for paths in (config.data, config.val_data) if paths for file in find_files(paths)}
-        stats = {file: os.stat(file) for file in files}
+        stats = {file: os.stat(path_of(file)) for file in files}
     except (DataError, OSError):
         return {}
     return {file: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for file, stat in stats.items()}

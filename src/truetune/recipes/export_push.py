@@ -36,10 +36,11 @@ def push(repository: str, out: Path, screen: Screen) -> str:
             api.upload_file(repo_id=repository, path_or_fileobj=out, path_in_repo=out.name)
     except Exception as error:  # the client raises what its transport raises
         said = " ".join(str(error).split())[:300] or type(error).__name__
+        answered = getattr(error, "response", None) is not None
         raise OutputError(
             f"--push {repository}: the upload failed",
             ("because", said),
             ("kept", f"{out} is complete: upload it later"),
-            ("way out", "hf auth login, with a token that may write there"),
+            ("way out", "hf auth login, with a token that may write there" if answered else "a connection to the Hub"),
         ) from None
     return url

@@ -23,6 +23,7 @@ from truetune.generate.request import Delta, Handle, Request, Sampling
 from truetune.models import load
 from truetune.models.precision import choose_device, choose_precision
 from truetune.models.tokenizer import ChatTokenizer
+from truetune.recipes import generate_input
 from truetune.recipes import generate_rows as batch
 from truetune.recipes.adapter import check_base, check_template, check_tokenizer, packing_remark
 from truetune.recipes.generate_form import form_of
@@ -73,7 +74,8 @@ def run(resolved: Resolved[GenerateConfig]) -> dict[str, Any]:
     """Answer as the config says; the text goes to stdout as it comes."""
     config, screen, form = resolved.config, Screen(), form_of(resolved.config)
     if config.input is not None and config.output is not None:
-        jobs = batch.read(Path(config.input).expanduser(), Path(config.output).expanduser())
+        setup = generate_input.setup_of(config, form)
+        jobs = generate_input.read(Path(config.input).expanduser(), Path(config.output).expanduser(), setup=setup)
         speaker = load_speaker(config, screen, attached=False)
         return batch.run(config, jobs, speaker, screen, form=form)
     speaker = load_speaker(config, screen, attached=False)

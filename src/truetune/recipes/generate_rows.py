@@ -9,109 +9,18 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from truetune.config.generate import GenerateConfig
-from truetune.data.schema import Message
-from truetune.errors import DataError, OutputError, StoppedError, TruetuneError, beside, counted, why_unread
+from truetune.errors import OutputError, StoppedError, TruetuneError, counted
 from truetune.generate.engine import Engine
 from truetune.generate.request import Handle, Request
-from truetune.train.log import Screen, whole_rows
+from truetune.recipes.generate_input import Job, Jobs
+from truetune.train.log import Screen
 from truetune.train.stop import StopRequest
 
 if TYPE_CHECKING:
     from truetune.recipes.generate import Speaker
-
-
-@dataclass(frozen=True)
-class Job:
-    """A row to answer."""
-
-    number: int  # from 1, as an editor counts lines
-    row: dict[str, Any]
-
-    @property
-    def turns(self) -> list[Message]:
-        """Its conversation."""
-        if "prompt" in self.row:
-            text = self.row["prompt"]
-            return [Message("user", text, instruction=text, input="")]
-        return [Message(turn["role"], turn["content"]) for turn in self.row["messages"]]
-
-
-@dataclass(frozen=True)
-class Jobs:
-    """What there is to do."""
-
-    todo: list[Job]
-    total: int
-    output: Path
-
-
-def read(path: Path, output: Path) -> Jobs:
-    """The rows of ``path`` that ``output`` lacks.
-
-    Raises:
-        DataError: no such file, nothing in it, or a row that is no prompt; named by file and row.
-        OutputError: ``output`` holds something else than answers to these rows.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        found = f"--input: {path} can't be read: {why_unread(error)}"
-        raise DataError(found, ("did you mean", "" if path.exists() else beside(path))) from None
-    jobs = [_job(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not jobs:
-        raise DataError(f"--input: {path} has no rows", ("expected", '{"prompt": "…"} in each line'))
-    done = _done(output, {job.number: job for job in jobs})
-    return Jobs([job for job in jobs if job.number not in done], len(jobs), output)
-
-
-def _job(path: Path, number: int, line: str) -> Job:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{path}, row {number}: not valid JSON: {error}") from None
-    if not isinstance(row, dict) or not (isinstance(row.get("prompt"), str) or _is_conversation(row.get("messages"))):
-        raise DataError(
-            f"{path}, row {number}: no prompt",
-            ("expected", '{"prompt": "…"}, or {"messages": [{"role": "user", "content": "…"}]}'),
-        )
-    return Job(number, row)
-
-
-def _is_conversation(value: Any) -> bool:
-    return (
-        bool(value)
-        and isinstance(value, list)
-        and all(
-            isinstance(t, dict) and isinstance(t.get("role"), str) and isinstance(t.get("content"), str) for t in value
-        )
-    )
-
-
-def _done(output: Path, jobs: dict[int, Job]) -> set[int]:
-    """The numbers of the rows that are answered; a line cut short by a kill is taken off the file."""
-    kept = whole_rows(output)
-    done = set()
-    for line in kept:
-        try:
-            found = json.loads(line)
-            job = jobs[found["row"]]
-            same = all(found.get(key) == value for key, value in job.row.items())
-        except (ValueError, KeyError, TypeError):
-            same = False
-        if not same:
-            raise OutputError(
-                f"--output: {output} holds something else than answers to these rows",
-                ("way out", "another --output, or remove it"),
-            )
-        done.add(found["row"])
-    if output.exists() and output.stat().st_size != sum(len(line.encode()) for line in kept):
-        output.write_text("".join(kept), encoding="utf-8")
-    return done
 
 
 def run(
@@ -144,7 +53,9 @@ def run(
             for job, answer in _answered(config, jobs.todo, ask, engine):
                 failed += "error" in answer
                 tokens, done = tokens + answer["new_tokens"], done + 1
-                file.write(json.dumps({"row": job.number, **job.row, **answer}, ensure_ascii=False) + "\n")
+                file.write(
+                    json.dumps({"row": job.number, **job.row, **answer, "setup": jobs.setup}, ensure_ascii=False) + "\n"
+                )
                 file.flush()
                 bar(kept + done, jobs.total)
                 if stop.signal is not None:

@@ -28,8 +28,10 @@ from truetune.data.schema import Reject, Row
 from truetune.data.sources import suffix_of
 from truetune.errors import DataError, nearest
 from truetune.models import load
+from truetune.models.stored import stored_recipe
 from truetune.recipes import inspect_diff
 from truetune.recipes.resume import read_settings
+from truetune.train.estimate import count_parameters
 from truetune.train.log import whole_rows
 
 Parse = Callable[..., tuple[list[Row], list[Reject]]]  # as ``Intake``, with the format settled
@@ -105,10 +107,12 @@ def _model(path: Path) -> dict[str, Any]:
     config = load.load_config(str(path))
     entries = open_index(path)
     dtypes = Counter(str(entry.dtype).removeprefix("torch.") for entry in entries.values())
+    recipe = stored_recipe(config)
     return {
         "kind": "model",
         "architecture": (config.architectures or ["?"])[0],
-        "parameters": sum(math.prod(entry.shape) for entry in entries.values()),
+        "parameters": _parameters(config) if recipe else sum(math.prod(e.shape) for e in entries.values()),
+        **({"quantised": str(recipe)} if recipe else {}),
         "size_mb": round(sum(entry.nbytes for entry in entries.values()) / 1e6, 1),
         "dtypes": dict(dtypes),
         "context": load.context_length(config),
@@ -116,6 +120,12 @@ def _model(path: Path) -> dict[str, Any]:
         "chat_template": (path / "chat_template.jinja").is_file() or _has_template(path),
         "weights_sha256": load.weight_hash(path),
     }
+
+
+def _parameters(config: Any) -> int:
+    """Those of the model that a packed checkpoint's codes and scales stand for; a tied head counts once."""
+    model = load.skeleton(load.dense_config(config), dtype=load.checkpoint_dtype(config))
+    return count_parameters(model)[0]
 
 
 def _has_template(path: Path) -> bool:

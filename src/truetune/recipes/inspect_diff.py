@@ -15,6 +15,8 @@ from rich.table import Table
 from torch import Tensor
 
 from truetune.adapters import files
+from truetune.checkpoint.atomic import sha256
+from truetune.checkpoint.side_files import side_files
 from truetune.checkpoint.tensors import load, open_index
 from truetune.data.read import read_rows
 from truetune.errors import DataError
@@ -25,6 +27,7 @@ from truetune.train.log import whole_rows
 
 _SHOWN = 40
 _SAME = "same"
+_SETTINGS = ("config", "generation_config", "tokenizer_config")
 
 
 def run(one: Path, other: Path) -> dict[str, Any]:
@@ -122,10 +125,29 @@ def _adapter_tensors(one: Path, other: Path) -> Iterator[Row]:
 
 
 def _models(one: Path, other: Path) -> Iterator[Row]:
-    """One tensor of each in memory at a time; equal ones are not told."""
-    yield from _fields(_json(one / "config.json"), _json(other / "config.json"), "config: ")
+    """What is beside the weights, then one tensor of each in memory at a time; equal ones are not told."""
+    for name in _SETTINGS:
+        yield from _fields(_json(one / f"{name}.json"), _json(other / f"{name}.json"), f"{name}: ")
+    yield from _beside(one, other)
     a, b = open_index(one), open_index(other)
     yield from _tensors(a.keys(), b.keys(), lambda name: load(a[name]), lambda name: load(b[name]))
+
+
+def _beside(one: Path, other: Path) -> Iterator[Row]:
+    """Files that have a say in what the model makes of a text: its tokenizer, its template, its code."""
+    found, others = (
+        {path.relative_to(folder).as_posix(): sha256(path)[:12] for path in side_files(folder) if _counts(path)}
+        for folder in (one, other)
+    )
+    for name, a, b, _ in _fields(found, others):
+        # Another order or spacing of a JSON file is the same.
+        if not (name.endswith(".json") and a and b and _json(one / name) == _json(other / name) != {}):
+            yield name, a, b, "another content" if a and b else "only in one"
+
+
+def _counts(path: Path) -> bool:
+    words = path.name.upper().startswith(("LICEN", "NOTICE", "USE_POLICY"))
+    return not words and path.stem not in _SETTINGS
 
 
 def _ggufs(one: Path, other: Path) -> Iterator[Row]:

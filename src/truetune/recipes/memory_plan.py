@@ -19,7 +19,7 @@ from truetune.models import load, streaming
 from truetune.models.families import decoder_parts
 from truetune.models.layers import decoder_layers
 from truetune.models.precision import name_of
-from truetune.quant.base import QuantLinear
+from truetune.quant.packed import Packed
 from truetune.recipes.setup import Setup
 from truetune.train.estimate import Demand, Economy, Estimate, estimate_memory, text_shape
 from truetune.train.memory import resident_mb
@@ -100,7 +100,7 @@ def memory_plan(
     if recorded := _recorded(setup):
         return MemoryPlan(recorded, forecast.at(recorded))
     room = limit if limit is not None else None if available is None else _FITS * available
-    if limit is None and setup.device == "cpu" and any(isinstance(m, QuantLinear) for m in model.modules()):
+    if limit is None and setup.device == "cpu" and any(isinstance(m, Packed) for m in model.modules()):
         whole = forecast.at(Economy(recompute="cheap"))
         lean = whole.total - whole.activations + _BESIDE_PACKED
         room = lean if room is None else min(room, lean)
@@ -233,7 +233,7 @@ def _packed_name(setup: Setup) -> str:
 def _too_little(setup: Setup, forecast: _Forecast, plan: MemoryPlan) -> ModelError:
     """What a streamed run takes at least, and which setting would bring it under the limit."""
     config, least, limit = setup.config, plan.estimate, cast(float, setup.config.memory_limit_mb)
-    longest = int(setup.prepared.train.lengths.max())
+    longest = setup.prepared.train.longest()
     again = replace(plan.economy, recompute="cheap", full_layers=text_shape(setup.model_config)["layers"] - 1)
     micro_tokens = forecast.demand.micro_tokens
     counts = range(_TOKENS, micro_tokens, _TOKENS)

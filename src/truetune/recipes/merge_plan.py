@@ -18,10 +18,11 @@ from truetune.config.quant import QuantRecipe
 from truetune.errors import AdapterError, ConfigError
 from truetune.export.fold import Fold, check_plain, fold
 from truetune.export.onto import Drift, on_quantised, recipe_of, stored_packed, unpacked
+from truetune.export.onto_experts import experts_on_quantised, experts_unpacked
 from truetune.models import load
 from truetune.models.by_files import PlainConfig, plain_config
 from truetune.models.outline import outline
-from truetune.quant.replace import linear_layers, quantisable
+from truetune.quant.replace import linear_layers, planned_stacks, quantisable
 from truetune.recipes.new_tokens import vocabulary_update
 
 
@@ -76,8 +77,9 @@ def plan_merge(config: MergeConfig, file: files.AdapterFile, base: Path, model_c
     recipe = stored or trained_on
     paths = [path for path, _ in linear_layers(model)] if stored else quantisable(model, recipe) if recipe else []
     layers = {path: model.get_submodule(path) for path in paths}
+    stacks = planned_stacks(model, recipe, dtype=dtype) if recipe else {}
     again = config.recipe()
-    drift = Drift(again, quantisable(model, again) if again else (), load.checkpoint_dtype(model_config))
+    drift = Drift(again, _repacked(model, again) if again else (), load.checkpoint_dtype(model_config))
     files.load(model, file)
     changes = _with_vocabulary(fold(model, file, entries, prefix=prefix), model, base)
     _check_onto(config, stored, trained_on)
@@ -86,13 +88,23 @@ def plan_merge(config: MergeConfig, file: files.AdapterFile, base: Path, model_c
         return MergePlan(changes)
     if stored and stored_packed(entries):
         edits, drop = unpacked(changes.edits, layers, entries, stored, dtype=dtype, prefix=prefix, drift=drift)
+        edits, apart = experts_unpacked(edits, stacks, entries, stored, dtype=dtype, prefix=prefix, drift=drift)
+        drop += apart
         updates = {**changes.config, "quantization_config": None}
         return MergePlan(Fold(edits, updates), tuple(drop), "dequantized", drift)
     onto: Literal["original", "dequantized"] = "original" if config.onto == "original" else "dequantized"
     edits = on_quantised(
         changes.edits, layers, entries, recipe, onto=onto, dtype=dtype, prefix=prefix, drift=drift
     )  # fmt: skip
+    edits = experts_on_quantised(
+        edits, stacks, entries, recipe, onto=onto, dtype=dtype, prefix=prefix, drift=drift
+    )  # fmt: skip
     return MergePlan(Fold(edits, changes.config), (), onto, drift)
+
+
+def _repacked(model: Any, again: QuantRecipe) -> list[str]:
+    """Paths of the layers, and of the stacks of experts, that are packed after the merge."""
+    return [*quantisable(model, again), *planned_stacks(model, again, dtype=load.checkpoint_dtype(model.config))]
 
 
 def _with_vocabulary(changes: Fold, model: Any, base: Path) -> Fold:

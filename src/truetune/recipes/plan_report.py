@@ -20,11 +20,12 @@ from truetune.models import load
 from truetune.models.layers import decoder_layers
 from truetune.models.precision import name_of
 from truetune.ops.probe import gemm_rate
+from truetune.quant.experts import QuantExperts
 from truetune.recipes.continued import put_on
 from truetune.recipes.data import Prepared
 from truetune.recipes.memory_plan import MemoryPlan, copied_mb, memory_plan
 from truetune.recipes.setup import Setup
-from truetune.train.estimate import count_parameters, flops_per_token, text_shape
+from truetune.train.estimate import Estimate, count_parameters, flops_per_token, text_shape
 from truetune.train.log import Screen
 from truetune.train.memory import available_mb
 from truetune.train.step import NonFiniteStepError
@@ -59,7 +60,10 @@ def _planned(
     """The part of the outline that depends on what is trained at the same time."""
     config, prepared = setup.config, setup.prepared
     everything, trained = count_parameters(model)
-    _say_model(setup, screen, base=base, trained=trained, sites=sites)
+    packed = (
+        "linear layers and experts" if any(isinstance(m, QuantExperts) for m in model.modules()) else "linear layers"
+    )
+    _say_model(setup, screen, base=base, trained=trained, sites=sites, packed=packed)
     plan = StepPlan.build(
         prepared.train.behind(virtual_ids(model)), batch_size=config.batch_size, seed=config.seed,
         micro_tokens=default_micro_tokens(setup), packing=config.packing is not False, epochs=config.epochs,
@@ -78,8 +82,8 @@ def _planned(
         f"{counted(plan.steps, 'step')} of {counted(config.batch_size, 'example')}{begun} · "
         f"about {_duration(seconds)} · peak {estimate.total / 1e3:.1f} GB" + _of(config.max_memory, available),
     )
-    if available is not None and estimate.total > available:
-        screen.warn("this may not fit in memory: lower --micro-tokens or --max-length, or take a smaller model")
+    if available is not None:
+        _check_room(estimate, available, screen)
     _say_memory(memory, screen, layers=len(decoder_layers(model)))
     return {
         "steps": plan.steps,
@@ -94,6 +98,18 @@ def _planned(
                       "activations": round(estimate.activations), "peak": round(estimate.total)},
         "seconds": round(seconds, 1),
     }  # fmt: skip
+
+
+def _check_room(estimate: Estimate, available: float, screen: Screen) -> None:
+    """Warn of a plan that may not fit. Raises ModelError: what is trained alone, which nothing makes less, does not."""
+    if estimate.trained > available:
+        raise ModelError(
+            f"what is trained takes {estimate.trained / 1e3:,.1f} GB with gradients and optimizer, and "
+            f"{available / 1e3:,.1f} GB are free",
+            ("way out", "less to train: a lower --rank, fewer --targets, another --method; or --optim adamw8bit"),
+        )
+    if estimate.total > available:
+        screen.warn("this may not fit in memory: lower --micro-tokens or --max-length, or take a smaller model")
 
 
 def _of(limit: str | None, available: float | None) -> str:
@@ -140,7 +156,7 @@ def default_micro_tokens(setup: Setup) -> int:
 
 def micro_tokens_for(prepared: Prepared, asked: int | None) -> int:
     """What was asked for, else 768 or the longest row."""
-    return asked or max(768, int(prepared.train.lengths.max()))
+    return asked or max(768, prepared.train.longest())
 
 
 def fill(plan: StepPlan) -> float:
@@ -179,9 +195,11 @@ def explain_non_finite(error: NonFiniteStepError, setup: Setup) -> NonFiniteErro
 
 def describe_method(config: AdapterConfig, sites: int | None = None) -> str:
     """The settings that matter most, in a few words."""
-    own = {name: getattr(config, name) for name in ("rank", "alpha", "virtual_tokens") if hasattr(config, name)}
-    words = {"rank": "r {}", "alpha": "alpha {:g}", "virtual_tokens": "{} virtual token"}
-    facts = ", ".join(words[name].format(value) for name, value in own.items())
+    words = {"rank": "r {}", "alpha": "alpha {:g}"}
+    said = [word.format(getattr(config, name)) for name, word in words.items() if hasattr(config, name)]
+    if number := getattr(config, "virtual_tokens", 0):
+        said.append(counted(number, "virtual token"))
+    facts = ", ".join(said)
     if isinstance(config, Lisa):
         return (
             f"{counted(config.lisa_layers, 'layer')} at a time beside embeddings and head, drawn every "
@@ -227,7 +245,7 @@ def stops_said(truncated: dict[str, int]) -> str:
     return words + (f", but for {broken:,} that were cut short" if broken else "")
 
 
-def _say_model(setup: Setup, screen: Screen, *, base: int, trained: int, sites: int) -> None:
+def _say_model(setup: Setup, screen: Screen, *, base: int, trained: int, sites: int, packed: str) -> None:
     config = setup.config
     storage, products = setup.precision.storage, setup.precision.autocast
     screen.say(
@@ -236,14 +254,14 @@ def _say_model(setup: Setup, screen: Screen, *, base: int, trained: int, sites: 
         + (f", products in {name_of(products)}" if products not in (None, storage) else ""),
     )
     if recipe := stored_as(setup):
-        screen.note(f"its linear layers in {recipe}; the head, embeddings and norms as they are")
+        screen.note(f"its {packed} in {recipe}; the head, embeddings and norms as they are")
     how = describe_method(config.method_settings(), sites)
     screen.say("method", f"{config.method}  {how} · {_count(trained)} trained ({trained / base:.1%})")
 
 
 def _micro_tokens(plan: StepPlan) -> int:
     """Tokens of the largest micro-batch; a row is never cut."""
-    return min(max(plan.micro_tokens, int(plan.data.lengths.max())), _step_tokens(plan))
+    return min(max(plan.micro_tokens, plan.data.longest()), _step_tokens(plan))
 
 
 def _step_tokens(plan: StepPlan) -> int:
@@ -252,7 +270,7 @@ def _step_tokens(plan: StepPlan) -> int:
 
 
 def _seconds(setup: Setup, plan: StepPlan, parameters: int, share: float) -> float:
-    tokens = plan.total * float(setup.prepared.train.lengths.float().mean())
+    tokens = plan.total * len(setup.prepared.train.tokens) / len(setup.prepared.train)
     flops = flops_per_token(setup.model_config, parameters, trained_share=share, trains_base=setup.config.trains_model)
     rate = gemm_rate(setup.precision.autocast or setup.precision.storage, setup.device) * 1e9 * _STEP_EFFICIENCY
     # Attention runs example by example, and a step costs some time to hand out however little it computes.

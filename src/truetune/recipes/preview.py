@@ -8,7 +8,8 @@ shown as if it had been told to leave the faulty ones out.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from truetune.config.resolve import Resolved
 from truetune.config.sft import SFTConfig
 from truetune.data.pack import group
 from truetune.data.plan import StepPlan
-from truetune.data.statistics import fill_rate, token_facts
+from truetune.data.statistics import fill_rate, tally, token_facts
 from truetune.errors import ConfigError, DataError, OutputError, counted
 from truetune.models import load
 from truetune.models.tokenizer import ChatTokenizer
@@ -65,7 +66,9 @@ def run(resolved: Resolved[PreviewConfig]) -> dict[str, Any]:
     max_length = load.usable_length(model_config, config.max_length)
     training = config.training()
     new_tokens.admit(training, tokenizer, model_config, screen)
-    prepared, refusal = prepare(training, tokenizer, max_length, screen)
+    most = load.context_length(model_config)
+    make = functools.partial(prepare_sft, tokenizer=tokenizer, max_length=max_length, most=most)
+    prepared, refusal = prepare(training, make, screen)
     facts = summarise(config, prepared, max_length, refusal)
     gallery = Gallery(prepared, tokenizer)
     chosen = choose(config, gallery, screen)
@@ -81,12 +84,10 @@ def run(resolved: Resolved[PreviewConfig]) -> dict[str, Any]:
     return facts | {"shown": [_as_json(row) for row in rows], "exit_code": 1 if refusal else 0}
 
 
-def prepare(
-    config: SFTConfig, tokenizer: ChatTokenizer, max_length: int, screen: Screen
-) -> tuple[Prepared, DataError | None]:
+def prepare(config: SFTConfig, make: Callable[..., Prepared], screen: Screen) -> tuple[Prepared, DataError | None]:
     """The data of a run with these settings; and where a run would refuse it, why, and the data without faulty rows."""
     try:
-        return prepare_sft(config, tokenizer, max_length=max_length, screen=screen), None
+        return make(config, screen=screen), None
     except DataError as refusal:
         lenient = config.model_copy(
             update={
@@ -95,7 +96,7 @@ def prepare(
             }
         )
         try:
-            return prepare_sft(lenient, tokenizer, max_length=max_length, screen=_Silent()), refusal
+            return make(lenient, screen=_Silent()), refusal
         except DataError:
             raise refusal from None
 
@@ -134,7 +135,6 @@ def _verdict(refusal: DataError | None) -> str:
 
 def packing_facts(config: PreviewConfig, prepared: Prepared) -> dict[str, Any]:
     """How full micro-batches are: all rows packed at once, and step by step as a run does it."""
-    lengths: list[int] = prepared.train.lengths.tolist()
     micro_tokens = plan_report.micro_tokens_for(prepared, config.micro_tokens)
     plan = StepPlan.build(
         prepared.train, batch_size=config.batch_size, micro_tokens=micro_tokens, packing=config.packing is not False,
@@ -149,7 +149,7 @@ def packing_facts(config: PreviewConfig, prepared: Prepared) -> dict[str, Any]:
         "packed": True,
         "micro_tokens": micro_tokens,
         "batch_size": config.batch_size,
-        "fill": round(fill_rate(lengths, micro_tokens), 4),
+        "fill": round(fill_rate(tally(prepared.train), micro_tokens), 4),
         "step_fill": round(sum(map(sum, steps)) / rooms, 4),
     }
 

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from truetune.config.quant import QuantRecipe
 from truetune.config.quantize import QuantizeConfig
 from truetune.config.resolve import Resolved
 from truetune.errors import counted
@@ -28,8 +29,7 @@ def run(resolved: Resolved[QuantizeConfig]) -> dict[str, Any]:
     dtype = load.storage_dtype(config.dtype, model_config)
     model = load.skeleton(model_config, dtype=dtype)
     screen.say("model", f"{config.path} → {recipe}, the rest in {name_of(dtype)}")
-    if remark := load.stacks_remark(model):
-        screen.warn(remark)
+    _say_experts(model, recipe, dtype, screen)
     with screen.bar("writing") as progress:
         report = quantize_checkpoint(
             base,
@@ -57,3 +57,14 @@ def run(resolved: Resolved[QuantizeConfig]) -> dict[str, Any]:
         "peak_mb": round(peak_mb(), 1),
         "seconds": round(time.perf_counter() - began, 2),
     }
+
+
+def _say_experts(model: Any, recipe: QuantRecipe, dtype: Any, screen: Screen) -> None:
+    """Who reads packed experts, and what of the model stays dense."""
+    if load.packs_experts(model, recipe):
+        screen.warn("experts in a form that truetune alone reads: bitsandbytes packs linear layers and nothing else")
+        screen.note("for transformers with bitsandbytes: --quant-skip experts, which leaves them dense")
+    planned = load.skeleton(model.config, dtype=dtype)
+    load.plan_quantised(planned, recipe, dtype=dtype)
+    if remark := load.stacks_remark(planned):
+        screen.warn(remark)

@@ -14,12 +14,14 @@ from truetune.adapters.inject import settle
 from truetune.checkpoint.atomic import atomic_folder, sha256, write_text
 from truetune.checkpoint.run_state import Progress, read_progress, write_trained
 from truetune.data.sources import find_files
+from truetune.data.standard_input import path_of
 from truetune.data.template import with_default_system
 from truetune.errors import counted
 from truetune.eval.perplexity import Evaluation
 from truetune.models import load
 from truetune.recipes import run_report, verify_reference
 from truetune.recipes.adapter import base_name, describe_base
+from truetune.recipes.merge_beside import GENERATION, with_stops
 from truetune.recipes.plan_report import stored_as
 from truetune.recipes.setup import Setup
 from truetune.train.log import Screen
@@ -114,9 +116,9 @@ def make_card(setup: Setup, progress: Progress, evaluation: Evaluation | None) -
         "system": setup.prepared.system,
         "date": setup.prepared.date,
         # Only stop tokens that were really trained; the tokenizer may know more.
-        "stop_ids": sorted(set(setup.prepared.train.ends().tolist()) & setup.tokenizer.stop_ids),
+        "stop_ids": sorted(setup.prepared.train.ends() & setup.tokenizer.stop_ids),
         "quantisation": _quantisation(setup),
-        "data": {"files": {f: sha256(Path(f)) for f in find_files(config.data)}, **setup.prepared.report},
+        "data": {"files": {f: sha256(Path(path_of(f))) for f in find_files(config.data)}, **setup.prepared.report},
         "metrics": {
             "steps": progress.step,
             "selected_step": _selected(setup, progress),
@@ -142,10 +144,12 @@ def _quantisation(setup: Setup) -> dict[str, Any] | None:
 
 
 def _write_model(setup: Setup, model: Any, path: Path, card: dict[str, Any]) -> Path:
-    """The fully tuned model, in its checkpoint's dtype, loadable by transformers."""
+    """The fully tuned model, in its checkpoint's dtype, loadable by transformers, and ending as it was taught to."""
     with atomic_folder(path, manifest=False) as folder:
         load.save_model(model.to(load.checkpoint_dtype(setup.model_config)), folder)
         setup.tokenizer.save(folder, _template_with_system(setup))
+        if settings := with_stops(folder, card["stop_ids"]):
+            (folder / GENERATION).write_bytes(settings)
         (folder / "truetune.json").write_text(json.dumps(card, indent=2, ensure_ascii=False), encoding="utf-8")
     return path
 

@@ -141,6 +141,8 @@ def _check_writable(path: Path) -> None:
 
 
 def _free_name(path: Path) -> str:
+    if not path.name:  # . and / have none that a number could be added to
+        path = path.resolve() if path.resolve().name else path / "run"
     number = 2
     while (candidate := path.with_name(f"{path.name}-{number}")).exists():
         number += 1

@@ -14,6 +14,7 @@ from truetune.data.language import holds_code, letters, shares
 from truetune.data.length import truncation
 from truetune.data.policy import Policies, drops
 from truetune.data.read import read_rows
+from truetune.data.rejects import Rejects
 from truetune.data.schema import Reject, Row, TokenSet
 from truetune.data.sources import mixed_parts, named_twice, passed_over
 from truetune.data.split import split
@@ -22,7 +23,7 @@ from truetune.errors import DataError, counted
 from truetune.train.log import Screen
 
 Encode = Callable[[Sequence[Row]], tuple[TokenSet, list[Reject]]]
-Limit = Callable[[TokenSet], tuple[TokenSet, list[Reject]]]
+Limit = Callable[..., tuple[TokenSet, list[Reject]]]  # of a set, and whether its examples are all plain texts
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Source:
     """
 
     rows: Sequence[Row]
-    rejects: list[Reject]
+    rejects: Rejects
     read: int
     alike: Likeness = field(default_factory=Likeness)
     letters: Counter[str] = field(default_factory=Counter)
@@ -77,10 +78,10 @@ def _parted(config: TrainConfig, form: str, screen: Told) -> tuple[Source, Sourc
     if config.val_data:
         return source, _read(config, config.val_data, form)
     if not config.val_split:
-        return source, Source([], [], 0)
+        return source, Source([], Rejects(), 0)
     train, held = split(source.rows, config.val_split)
     check_parts(config, len(train), len(held))
-    return Source(train, source.rejects, source.read), Source(held, [], 0)
+    return Source(train, source.rejects, source.read), Source(held, Rejects(), 0)
 
 
 def say_passed_over(config: TrainConfig, screen: Told) -> None:
@@ -114,7 +115,9 @@ def tokenise(config: TrainConfig, source: Source, held: Source, encode: Encode, 
     Raises:
         DataError: too many rows can't be used, or none is left.
     """
-    return finish(config, source, held, encode(source.rows), encode(held.rows) if held.rows else (None, []), limit)
+    texts = not any(row.messages for row in (*source.rows, *held.rows))
+    parts = encode(source.rows), encode(held.rows) if held.rows else (None, [])
+    return finish(config, source, held, *parts, limit, texts=texts)
 
 
 def finish(
@@ -124,34 +127,36 @@ def finish(
     encoded: tuple[TokenSet, list[Reject]],
     held_encoded: tuple[TokenSet | None, list[Reject]],
     limit: Limit,
+    *,
+    texts: bool,
 ) -> Tokenised:
-    """``tokenise`` from where both parts are encoded."""
+    """``tokenise`` from where both parts are encoded; ``texts`` says that there is no conversation among them."""
     (train, bad), (held_out, held_bad) = encoded, held_encoded
     both, apart = ([*bad, *held_bad], []) if config.val_split else (bad, held_bad)
-    rejected.raise_if_too_many([*source.rejects, *both], source.read, max_bad_rows=config.max_bad_rows)
-    rejected.raise_if_too_many([*held.rejects, *apart], held.read, max_bad_rows=config.max_bad_rows)
+    rejected.raise_if_too_many(source.rejects + both, source.read, max_bad_rows=config.max_bad_rows)
+    rejected.raise_if_too_many(held.rejects + apart, held.read, max_bad_rows=config.max_bad_rows)
     whole, held_whole = train, held_out
-    train, long = limit(whole)
-    held_out, held_long = limit(held_whole) if held_whole else (None, [])
-    rejects, held_rejects = [*source.rejects, *bad, *long], [*held.rejects, *held_bad, *held_long]
+    train, long = limit(whole, texts=texts)
+    held_out, held_long = limit(held_whole, texts=texts) if held_whole else (None, [])
+    rejects, held_rejects = source.rejects + bad + long, held.rejects + held_bad + held_long
     if not train.trained_count() or (held.rows and not held_out):
         emptied, why = (
             (config.val_data or config.data, held_rejects) if train.trained_count() else (config.data, rejects)
         )
         raise DataError(
             f"no row of {', '.join(emptied)} is left to {'hold out' if train.trained_count() else 'train on'}",
-            ("left out", "\n".join(f"{r.origin}: {r.detail}" for r in why[:8])),
-            ("way out", "--max-length N, or --text-blocks for texts" if "over_length" in rejected.counts(why) else ""),
+            ("left out", "\n".join(_reasons(why))),
+            ("way out", _for_long_rows(texts) if "over_length" in why.counts() else ""),
         )
     report = {
         "read": source.read,
         "used": len(train) + (len(held_out) if held_out and config.val_split else 0),
-        "rejected": rejected.counts([*rejects, *held_rejects] if config.val_split else rejects),
+        "rejected": (rejects + held_rejects if config.val_split else rejects).counts(),
         "dropped": {name: source.dropped[name] for name in policies(config).dropping()},
         "tokens": len(train.tokens),
         "trained_tokens": train.trained_count(),
         "truncated": truncation(whole, train),
-        "max_length_seen": int(train.lengths.max()),
+        "max_length_seen": train.longest(),
         "held_out": None,
         "repeats": source.alike.facts(),
         "scripts": shares(source.letters),
@@ -159,9 +164,21 @@ def finish(
     }
     if held_out and held_whole:
         report["held_out"] = {"rows": len(held_out), "tokens": len(held_out.tokens),
-                              "rejected": rejected.counts(held_rejects),
+                              "rejected": held_rejects.counts(),
                               "truncated": truncation(held_whole, held_out)}  # fmt: skip
-    return Tokenised(train, held_out, [*rejects, *held_rejects], report)
+    return Tokenised(train, held_out, rejects + held_rejects, report)
+
+
+def _reasons(rejects: Rejects) -> list[str]:
+    """Why the first of these rows were left out, and how many were by choice."""
+    by_choice = [f"{counted(rows, 'row')} of {file}: {why}" for (file, _, why), rows in rejects.left_out.items()]
+    return [*(f"{reject.origin}: {reject.detail}" for reject in rejects[:8]), *by_choice]
+
+
+def _for_long_rows(texts: bool) -> str:
+    """What keeps rows over the limit, whatever the model's own limit is."""
+    blocks = "--text-blocks joins the texts and cuts them into blocks, with nothing lost; " if texts else ""
+    return f"{blocks}--on-overlong truncate cuts rows that are too long"
 
 
 def policies(config: TrainConfig) -> Policies:
@@ -180,6 +197,6 @@ def intake(config: TrainConfig) -> Intake:
 def _read(config: TrainConfig, paths: Sequence[str], form: str) -> Source:
     raw, unreadable = read_rows(paths)
     rows, misfits = intake(config)(raw, form) if raw else ([], [])
-    rejects, read = [*unreadable, *misfits], len(raw) + len(unreadable)
+    rejects, read = Rejects([*unreadable, *misfits]), len(raw) + len(unreadable)
     rejected.raise_if_too_many(rejects, read, max_bad_rows=config.max_bad_rows)
     return Source(rows, rejects, read)

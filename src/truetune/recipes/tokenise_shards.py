@@ -11,19 +11,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from truetune.config.sft import TrainConfig
 from truetune.data import rejects as rejected
 from truetune.data import shards_pool
 from truetune.data.near import LIMIT
 from truetune.data.read_blocks import Block, blocks_of, no_rows
+from truetune.data.rejects import Rejects
+from truetune.data.row_keys import Side
 from truetune.data.schema import Reject, Row, TokenSet
 from truetune.data.shards import SetWriter
 from truetune.data.shards_made import Counts, ShardMaker, Task
 from truetune.data.shards_read import Shards, likeness_of
 from truetune.data.sources import find_files
 from truetune.data.split import held_out
+from truetune.data.standard_input import path_of
 from truetune.data.token_files import Tokenised
 from truetune.recipes.tokenise import Limit, Source, Told, check_parts, finish, say_passed_over
 
@@ -44,12 +45,12 @@ def tokenise_in(
     source = _shards(config, config.data, maker(work / "data", config.val_split), told)
     say_passed_over(config, told)
     held = _shards(config, config.val_data, maker(work / "held", 0.0), told) if config.val_data else None
-    sides = held_out(source.keys, config.val_split)
-    apart = (held, torch.ones(len(held.keys), dtype=torch.bool)) if held else (source, sides)
-    to_train, to_hold = len(sides) - int(sides.sum()), int(apart[1].sum())
+    ours = Side(source.keys, config.val_split)
+    apart = (held, Side(held.keys, 0.0)) if held else (source, Side(source.keys, config.val_split, held=True))
+    to_train, to_hold = ours.count(), apart[1].count()
     if config.val_split:
         check_parts(config, to_train, to_hold)
-    alike = likeness_of((source, ~sides), apart)
+    alike = likeness_of((source, ours), apart)
     for line in alike.warnings():
         told.warn(line)
     templated = source.templated or apart[0].templated
@@ -66,8 +67,8 @@ def tokenise_in(
         code_rows=sum(counts.code_rows for counts in source.counts),
         dropped=sum((Counter(c.dropped) for shards in (source, held) if shards for c in shards.counts), Counter()),
     )  # fmt: skip
-    theirs = Source(_Count(to_hold), _rejected(held) if held else [], held.read if held else 0)
-    made = finish(config, mine, theirs, (train, bad), (held_set, held_bad), limit)
+    theirs = Source(_Count(to_hold), _rejected(held) if held else Rejects(), held.read if held else 0)
+    made = finish(config, mine, theirs, (train, bad), (held_set, held_bad), limit, texts=not templated)
     return replace(made, templated=templated)
 
 
@@ -88,7 +89,7 @@ def _shards(config: TrainConfig, paths: Sequence[str], maker: ShardMaker, told: 
     """Make what is not there yet of the shards of these files."""
     maker.folder.mkdir(parents=True, exist_ok=True)
     files = find_files(paths)
-    total, done, faulty = sum(Path(name).stat().st_size for name in files), 0, 0
+    total, done, faulty = sum(Path(path_of(name)).stat().st_size for name in files), 0, 0
     found: dict[int, tuple[str, Counts]] = {}
 
     def too_many(counts: Counts) -> bool:
@@ -133,10 +134,14 @@ def _up_to_rows(name: str, blocks: Iterator[Block]) -> list[Block]:
     return head
 
 
-def _rejected(shards: Shards) -> list[Reject]:
-    """Rows that could not be read, then rows that could not be understood or are left out by choice."""
-    found = [shards.shard(number).rejects for number, counts in enumerate(shards.counts) if counts.read > counts.rows]
-    return [reject for part in (0, 1) for rejects in found for reject in rejects[part]]
+def _rejected(shards: Shards) -> Rejects:
+    """Rows that could not be read, then rows that could not be understood, and in numbers those left out by choice."""
+    left_out: Counter[tuple[str, str, str]] = Counter()
+    for file, counts in zip(shards.files, shards.counts, strict=True):
+        for reason, by_detail in counts.left_out.items():
+            left_out.update({(file, reason, detail): rows for detail, rows in by_detail.items()})
+    found = [shards.shard(number).rejects for number, counts in enumerate(shards.counts) if counts.faulty]
+    return Rejects((reject for part in (0, 1) for rejects in found for reject in rejects[part]), left_out)
 
 
 def _refused(shards: Shards, share: float) -> tuple[list[Reject], list[Reject]]:

@@ -100,8 +100,9 @@ def _set_up(resolved: Resolved[Any], prepare: Prepare, screen: Screen, begun: co
     virtual = getattr(config.method_settings(), "virtual_tokens", 0)
     max_length = load.usable_length(model_config, config.max_length, virtual=virtual)
     facts = resume.facts_of(folder.checkpoint)
+    context = load.context_length(model_config)
     prepared = prepare(config, tokenizer, max_length=max_length, screen=screen, date=facts.get("date"),
-                       card=begun.file.card if begun else None)  # fmt: skip
+                       card=begun.file.card if begun else None, most=context and context - virtual)  # fmt: skip
     if begun:
         begun.say_template(prepared, screen)
     new_tokens.warn_of_unseen(admitted.new, prepared, screen)
@@ -146,7 +147,7 @@ def _plan(setup: Setup, model: Any, outline: dict[str, Any], screen: Screen) -> 
     examples = setup.prepared.train.behind(virtual_ids(model))
     sets = [found for found in (examples, setup.prepared.held_out) if found]
     with setup.precision.context(setup.device):
-        found = survey(model, longest=max(int(found.lengths.max()) for found in sets))
+        found = survey(model, longest=max(found.longest() for found in sets))
     if packing is None or (packing and not resumed):
         if packing and not found.packs:
             screen.warn("--packing: this model does not keep packed rows apart; rows are padded instead")

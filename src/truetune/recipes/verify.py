@@ -6,6 +6,7 @@ wrote down when its training ended.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 from collections.abc import Iterator, Sequence
@@ -31,13 +32,14 @@ from truetune.recipes.verify_gguf import is_gguf, open_gguf
 from truetune.recipes.verify_peers import Opener
 from truetune.recipes.verify_reference import Reference, Sample
 from truetune.recipes.verify_server import Server
-from truetune.recipes.verify_subjects import MODELS, Folder, Loaded, Opening, find
+from truetune.recipes.verify_subjects import MODELS, Folder, Loaded, Opening, find, open_by_transformers
 from truetune.recipes.verify_target import Target, find_target
 from truetune.train.log import Screen
 
 RESULT = "verify.json"
 KINDS = {**MODELS, "gguf": (is_gguf, open_gguf), "adapter": (is_adapter, open_adapter)}
 _TOKEN = "TRUETUNE_API_KEY"
+_SERVED = "bf16"  # a server does not say how finely it computes, and few do in float32 throughout
 
 
 def run(resolved: Resolved[VerifyConfig]) -> dict[str, Any]:
@@ -69,12 +71,13 @@ def prove(config: VerifyConfig, screen: Screen) -> Proof:
     target = find_target(config)
     reference = verify_reference.read(target.reference)
     artefacts = [find(name, KINDS) for name in _names(config, target)]
-    verify_peers.check(config, artefacts)
+    verify_peers.check(config, target, artefacts)
     samples = _chosen(reference, config.prompts)
     compute = config.dtype if config.dtype != "auto" else reference.compute
     screen.say("verify", f"{target.result} on {_count(samples)}, in {compute}")
-    with Trained(reference, samples, name_of(getattr(torch, compute))) as trained:
-        findings = [_live(trained, target, config, compute, screen)]
+    title, findings = f"against {target.result}, as it was trained ({compute})", list[Finding]()
+    with _told_if_stopped(findings, title, screen), Trained(reference, samples, _kind(compute)) as trained:
+        findings.append(_live(trained, target, config, compute, screen))
         for name, loader, opener in _subjects(config, target, artefacts, samples, compute):
             screen.note(f"{name}, by {loader}")
             findings.append(_held_against(trained, name, loader, opener, longest=config.max_new_tokens))
@@ -89,7 +92,19 @@ def prove(config: VerifyConfig, screen: Screen) -> Proof:
     with writing(where.parent):
         write_json(where, facts)
     screen.say("done", f"{_sentence(code, len(findings))} · {where}")
-    return Proof(findings, f"against {target.result}, as it was trained ({compute})", facts)
+    return Proof(findings, title, facts)
+
+
+@contextlib.contextmanager
+def _told_if_stopped(findings: Sequence[Finding], title: str, screen: Screen) -> Iterator[None]:
+    """Show, when the user stops it, what was compared before; it is no proof, and is not kept as one."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if findings:
+            verify_report.show(list(findings), title=f"{title}; stopped before the rest was")
+            screen.note(f"{counted(len(findings), 'comparison')} done; {RESULT} is as it was")
+        raise
 
 
 def after_training(result: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
@@ -112,8 +127,12 @@ def after_merge(adapter: str, out: str, base: str, **given: Any) -> dict[str, An
     return run(resolve(VerifyConfig, file=None, flags={"run": adapter, "artefacts": (out,), "model": base, **given}))
 
 
+def _kind(compute: str) -> str:
+    return name_of(getattr(torch, compute))
+
+
 def _sentence(code: int, count: int) -> str:
-    what = "the adapter says" if count == 1 else f"all {count} say"
+    what = "the trained model says" if count == 1 else f"all {count} say"
     why = "for the reasons under the table"
     return {0: f"{what} the same", 1: f"drift, {why}", 2: f"can't tell, {why}"}[code]
 
@@ -146,7 +165,7 @@ def _live(trained: Trained, target: Target, config: VerifyConfig, compute: str, 
 def _trained_model(target: Target, config: VerifyConfig, compute: str, screen: Screen) -> Loaded:
     opening = Opening(target.result, config.dtype, config.device, target, compute, config.revision)
     speaker = load_trained(target.base, target.file, opening, screen, allowed=config.allowed)
-    kind = name_of(getattr(torch, compute))
+    kind = _kind(compute)
     return Loaded(str(target.result), "truetune", kind, speaker.model, speaker.tokenizer, stops=speaker.stop_ids)
 
 
@@ -160,10 +179,13 @@ def _subjects(
         yield artefact.name, artefact.loader, lambda a=artefact, o=opening: a.open(o)  # type: ignore[misc]
         for loader, opener in verify_peers.of_artefact(config, artefact, opening, samples):
             yield artefact.name, loader, opener
+    if "transformers" in config.peers and target.file is None:
+        opening = Opening(target.result, config.dtype, device, target, compute, config.revision)
+        yield str(target.result), "transformers", lambda: open_by_transformers(opening)
     if "peft" in config.peers:
         yield str(target.result), "peft", lambda: verify_peers.by_peft(target, config, compute, device)
     if config.url:
-        url, kind = config.url, name_of(getattr(torch, compute))
+        url, kind = config.url, _SERVED if compute == "float32" else _kind(compute)
         token = os.environ.get(_TOKEN)
         yield url, "http", lambda: Server(url, model=config.served_model, kind=kind, token=token)
 
@@ -186,5 +208,5 @@ def _held_against(trained: Trained, name: str, loader: str, opener: Opener, *, l
 
 
 def _untold(name: str, loader: str, error: TruetuneError) -> Finding:
-    way_out = "".join(f" ({text})" for label, text in error.notes if label == "way out")
+    way_out = "".join(f" ({text})" for label, text in error.notes if label in ("because", "way out"))
     return Finding(name, loader, "–", "unknown", [error.message + way_out])

@@ -6,6 +6,7 @@ import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from truetune.errors import TruetuneError
 from truetune.eval.agreement import Agreement, agreement, loss_sum, pooled, recorded_agreement, top_log_probabilities
 from truetune.eval.limits import LIMITS, Measured, Verdict, coarser, judge
 from truetune.models import load
+from truetune.recipes import verify_texts
 from truetune.recipes.verify_reference import Reference, Sample
 from truetune.recipes.verify_subjects import Answer, Loaded, Subject, prompt_agrees
 
@@ -32,7 +34,7 @@ class Finding:
         held_out_loss: of the artefact and of the trained model, nats per token.
         ties: of each answer that differs, how far its choice is behind where the two part, in nats.
         effect_share: the artefact's mean KL as a share of what training changed.
-        example: the first prompt or answer that differs, for ``verify.json``.
+        example: the first prompt and the first answer that differ.
     """
 
     name: str
@@ -80,6 +82,7 @@ class Trained:
         self.reference, self.samples, self.kind = reference, list(samples), kind
         self.answers: list[Answer] = []
         self._likely: list[tuple[Tensor, Tensor]] = []
+        self._decode: verify_texts.Decode  # known once the model has been asked
         self.effect: Agreement | None = None
         self.loss: float | None = None
         self.askable: list[Sample] = []
@@ -109,6 +112,7 @@ class Trained:
         taken = len(virtual_ids(live.model)) + longest
         self.askable = [s for s in self.samples if room is None or len(s.prompt) + taken <= room]
         self.answers = live.answers(self.askable, longest) if self.askable else []
+        self._decode = partial(live.tokenizer.hf.decode, skip_special_tokens=True)
         self._likely = [_likeliest(live, s, a) for s, a in zip(self.askable, self.answers, strict=True)]
         attached = attachment(live.model)
         # Off the base again it is the base, unless it trained or grew parts of that.
@@ -127,15 +131,21 @@ class Trained:
     def gap(self, number: int, other: Answer) -> float:
         """How far another answer's choice is behind where it parts from the trained model's, in nats.
 
-        Infinite where it is none of the likeliest, or where only the text of the answer is known.
+        Infinite where it is none of the likeliest. Of an answer that is text alone, it is the least that this can be.
         """
-        own = self.answers[number].ids or ()
-        at = next((i for i, (one, two) in enumerate(zip(own, other.ids or (), strict=False)) if one != two), None)
-        if at is None:
+        mine = self.answers[number]
+        own, theirs = mine.ids or (), other.ids
+        if theirs is None:
+            place = verify_texts.parts_at(own, mine.stopped, other.text, self._decode)
+        else:
+            place = next((i for i, (one, two) in enumerate(zip(own, theirs, strict=False)) if one != two), None)
+        if place is None:
             return math.inf
-        ids, values = (tensor[at].tolist() for tensor in self._likely[number])
-        found = dict(zip(ids, values, strict=True)).get((other.ids or ())[at], -math.inf)
-        return float(values[0] - found)
+        likely = self._likely[number][0][place], self._likely[number][1][place]
+        if theirs is None:
+            return verify_texts.gap_at(place, own, other.text, likely, self._decode)
+        ids, values = (tensor.tolist() for tensor in likely)
+        return float(values[0] - dict(zip(ids, values, strict=True)).get(theirs[place], -math.inf))
 
     def _keep(self, number: int, scores: Tensor) -> None:
         self._shapes.append((scores.shape[0], scores.shape[1]))
@@ -189,7 +199,8 @@ def hold_against(trained: Trained, subject: Subject, *, longest: int) -> Finding
 def failed(name: str, loader: str, error: TruetuneError, *, kind: str = "–") -> Finding:
     """An artefact that is there and does not load: it says nothing, and surely not the same."""
     because = "; ".join(text for label, text in error.notes if label in ("because", "tensors"))
-    return Finding(name, loader, kind, "drift", [error.message + (f" ({because})" if because else "")])
+    said = error.message.removeprefix("--model: ")  # a setting of other commands; here it is an artefact
+    return Finding(name, loader, kind, "drift", [said + (f" ({because})" if because else "")])
 
 
 def _compare_prompts(trained: Trained, subject: Subject, finding: Finding) -> None:
@@ -236,4 +247,4 @@ def _compare_answers(trained: Trained, subject: Subject, finding: Finding, longe
 def _same(one: Answer, other: Answer) -> bool:
     if one.ids is not None and other.ids is not None:
         return one.ids == other.ids
-    return (one.text, one.stopped) == (other.text, other.stopped)
+    return verify_texts.alike(one.text, other.text) and one.stopped == other.stopped

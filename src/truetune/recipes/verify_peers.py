@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from truetune.adapters.vocabulary import NewTokens
+from truetune.config.methods import METHODS
 from truetune.config.verify import VerifyConfig
 from truetune.errors import ConfigError, ModelError
 from truetune.export.onto import recipe_of
@@ -28,7 +30,7 @@ from truetune.recipes.verify_target import Target
 Opener = Callable[[], Subject]
 
 
-def check(config: VerifyConfig, artefacts: Sequence[Folder]) -> None:
+def check(config: VerifyConfig, target: Target, artefacts: Sequence[Folder]) -> None:
     """Refuse what can't be asked before any model is loaded.
 
     Raises:
@@ -43,8 +45,12 @@ def check(config: VerifyConfig, artefacts: Sequence[Folder]) -> None:
                 "--against llama.cpp: there is no GGUF among the artefacts",
                 ("way out", f"truetune export --adapter {config.run} --to gguf --out model.gguf, and name model.gguf"),
             )
-    if "transformers" in config.peers and artefacts and not any(is_model(artefact.path) for artefact in artefacts):
-        raise ConfigError("--against transformers: there is no model's folder among the artefacts")
+    whole = target.file is None  # the run's result is a model itself
+    if "transformers" in config.peers and not whole and not any(is_model(artefact.path) for artefact in artefacts):
+        raise ConfigError(
+            "--against transformers: there is no model's folder among the artefacts",
+            ("way out", f"truetune merge --adapter {config.run} --out merged, and name merged"),
+        )
 
 
 def of_artefact(
@@ -67,15 +73,23 @@ def by_peft(target: Target, config: VerifyConfig, compute: str, device: str) -> 
     """The adapter on its base, loaded by PEFT.
 
     Raises:
-        ModelError: the run left a whole model, or trained on a packed base.
+        ModelError: the run left a whole model, trained on a packed base, or by a method that PEFT does not have.
     """
     if target.file is None:
         raise ModelError("--against peft: this run left a whole model, and PEFT loads adapters")
     if recipe_of(target.file.card):
         raise ModelError("--against peft: the base was packed while it was trained, which is not compared this way")
+    kind = target.file.settings.kind
+    if METHODS[kind].peft is None:
+        raise ModelError(f"--against peft: PEFT has no such method as --method {kind}")
     base = load.local_copy(target.base, revision=config.revision)
-    dtype = getattr(torch, compute)
-    model = plain.load_by_peft(base, target.result, dtype=dtype, device=device)
+    dtype, new = getattr(torch, compute), NewTokens.of_card(target.file.card)
+    tokens = new.after if new else None
+    model = plain.load_by_peft(base, target.result, dtype=dtype, device=device, tokens=tokens)
     tokenizer = ChatTokenizer.load(target.base, revision=config.revision)
     stops = tokenizer.stop_ids | frozenset(target.file.card.get("stop_ids", ()))
-    return Loaded(str(target.result), "peft", name_of(dtype), model, tokenizer, stops=stops, words=False)
+    # PEFT puts virtual tokens in front of the padding, and what stands behind it answers otherwise.
+    together = not hasattr(target.file.settings, "virtual_tokens")
+    return Loaded(
+        str(target.result), "peft", name_of(dtype), model, tokenizer, stops=stops, words=False, together=together
+    )

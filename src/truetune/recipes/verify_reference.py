@@ -23,6 +23,7 @@ from truetune.config.sft import TrainConfig
 from truetune.data.pack import Batch, collate
 from truetune.data.read import read_rows
 from truetune.data.schema import Message, Origin, Row, TokenSet
+from truetune.data.standard_input import path_of
 from truetune.data.template import as_dict
 from truetune.errors import CheckpointError, TruetuneError
 from truetune.eval.agreement import top_log_probabilities
@@ -36,6 +37,7 @@ _FORMAT = 1
 _LONGEST = 1024  # tokens of an example; where every example is longer, the shortest are taken
 _POSITIONS = 32  # of one example, spread over its trained tokens, the first and the last among them
 _LIKELIEST = 8
+_LOOKED_AT = 1 << 14  # examples that samples are chosen from
 _READ_AGAIN = 256 << 20  # bytes of a data file that is read a second time for the wording of a row
 
 
@@ -125,7 +127,7 @@ def record(setup: Setup, model: Any, *, autocast: Callable[[], AbstractContextMa
             ids, values = top_log_probabilities(logits_of(model, worded), _LIKELIEST)
         rounded = tuple(tuple(round(value, 6) for value in row) for row in values.tolist())
         samples.append(replace(worded, top_ids=tuple(map(tuple, ids.tolist())), top_logprobs=rounded))
-    stops = sorted(set(prepared.train.ends().tolist()) & setup.tokenizer.stop_ids)
+    stops = sorted(prepared.train.ends() & setup.tokenizer.stop_ids)
     reference = Reference(
         str(setup.facts["compute"]), tuple(stops), prepared.system, prepared.template is not None, tuple(samples)
     )
@@ -160,9 +162,10 @@ def _sample(item: Mapping[str, Any]) -> Sample:
 
 
 def _samples(examples: TokenSet, part: Literal["train", "held_out"], count: int) -> list[Sample]:
-    """``count`` examples from all over a set."""
-    lengths = examples.lengths.tolist()
-    usable = [i for i in range(len(examples)) if lengths[i] > 1 and bool(examples.example(i)[1][1:].any())]
+    """``count`` examples from all over a set; of a large one, some thousand are looked at."""
+    seen = spread(range(len(examples)), _LOOKED_AT)
+    lengths = dict(zip(seen, examples.lengths_of(seen), strict=True))
+    usable = [i for i in seen if lengths[i] > 1 and bool(examples.example(i)[1][1:].any())]
     short = [i for i in usable if lengths[i] <= _LONGEST]
     picked = spread(short, count) if short else sorted(usable, key=lambda i: lengths[i])[:count]
     return [_bare(examples, i, part) for i in picked]
@@ -184,7 +187,7 @@ def _rows_of(samples: Sequence[Sample], config: TrainConfig) -> dict[str, Row]:
     found: dict[str, Row] = {}
     for file in files:
         try:
-            if os.path.getsize(file) > _READ_AGAIN:
+            if os.path.getsize(path_of(file)) > _READ_AGAIN:
                 continue
             rows, _ = intake(config)(read_rows([file])[0], getattr(config, "format", "text"))
         except (OSError, TruetuneError):  # gone, or changed, since it was tokenised

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from truetune.recipes.verify_compare import Finding
 
 _COLUMNS = ("", "as", "prompts", "max |Δ|", "mean KL", "of training", "top 1", "answers", "ended", "held-out loss", "")
 _MARKS = {"faithful": "[green]the same[/green]", "drift": "[red]drift[/red]", "unknown": "[yellow]can't tell[/yellow]"}
+
+_BEFORE, _SHOWN = 12, 48  # characters of an example: before the place where texts part, and in all
 
 
 def show(findings: Sequence[Finding], *, title: str) -> None:
@@ -30,8 +32,21 @@ def show(findings: Sequence[Finding], *, title: str) -> None:
     for finding in findings:
         for reason in finding.reasons:
             console.print(f"{_called(finding)}: {reason}", soft_wrap=True, markup=False)
-        for note in finding.notes:
+        for note in (*finding.notes, *(_examples(finding) if finding.verdict == "drift" else ())):
             console.print(f"{_called(finding)}: {note}", soft_wrap=True, markup=False)
+
+
+def _examples(finding: Finding) -> Iterator[str]:
+    """The first prompt and the first answer that became others, from shortly before the place where they part."""
+    for what, example in finding.example.items():
+        trained, found = example["trained"], example["found"]
+        if trained == found:
+            yield f"the {what} of {example['row']}: the same text, in other tokens"
+        elif isinstance(found, str):
+            part = next((i for i, pair in enumerate(zip(trained, found, strict=False)) if len(set(pair)) > 1), 1 << 30)
+            at = max(0, min(part, len(trained), len(found)) - _BEFORE)
+            was, became = (("…" if at else "") + text[at : at + _SHOWN] for text in (trained, found))
+            yield f"the {what} of {example['row']} was {was!r}, and is {became!r}"
 
 
 def facts(findings: Sequence[Finding], *, run: str, base: str, compute: str, code: int) -> dict[str, Any]:

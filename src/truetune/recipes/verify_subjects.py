@@ -82,6 +82,7 @@ class Loaded:
     Attributes:
         stops: that end an answer; None for those of the model's own generation settings.
         words: whether it brings tokenizer and template of its own; else prompts are not its affair.
+        together: whether prompts may be asked in one batch, with padding in front of the shorter ones.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Loaded:
     tokenizer: ChatTokenizer
     stops: frozenset[int] | None = None
     words: bool = True
+    together: bool = True
     autocast: Callable[[], Any] | None = None
     notes: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
@@ -118,7 +120,8 @@ class Loaded:
         """Ended by its own stop tokens, as its users would see it."""
         stops = plain.own_stops(self.model) if self.stops is None else self.stops
         prompts = [sample.prompt for sample in samples]
-        made = answer_all(self.model, prompts, stop_ids=stops, longest=longest)
+        batches = [prompts] if self.together else [[prompt] for prompt in prompts]
+        made = [ids for batch in batches for ids in answer_all(self.model, batch, stop_ids=stops, longest=longest)]
         decode = self.tokenizer.hf.decode
         return [
             Answer(decode(ids, skip_special_tokens=True), bool(ids) and ids[-1] in stops, tuple(ids)) for ids in made

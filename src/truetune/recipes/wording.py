@@ -32,12 +32,14 @@ class Instructions:
 
     Attributes:
         wording: asked only where a row needs it.
+        most: tokens that the model was made for, where that is known.
     """
 
     config: SFTConfig
     tokenizer: ChatTokenizer
     max_length: int
     wording: Wording
+    most: int | None = None
 
     def build(self, told: Told) -> Tokenised:
         """The tokens of all rows, in memory."""
@@ -84,7 +86,7 @@ class Instructions:
             return _no_limit
         return functools.partial(
             limit_lengths, max_length=self.max_length, policy=self.config.on_overlong, say=told.warn,
-            decode=self.tokenizer.decode,
+            decode=self.tokenizer.decode, most=self.most,
         )  # fmt: skip
 
     def _finished(self, made: Tokenised) -> Tokenised:
@@ -128,7 +130,7 @@ def wording_of(
     return (pin_date(template, today), today) if asks_for_date(template) else (template, None)
 
 
-def _no_limit(examples: TokenSet) -> tuple[TokenSet, list[Reject]]:
+def _no_limit(examples: TokenSet, *, texts: bool) -> tuple[TokenSet, list[Reject]]:
     """Texts of any length: they are cut into blocks."""
     return examples, []
 
@@ -136,7 +138,7 @@ def _no_limit(examples: TokenSet) -> tuple[TokenSet, list[Reject]]:
 def _in_blocks(whole: Tokenised, max_length: int) -> Tokenised:
     blocks = cut_into_blocks(whole.train, max_length)
     held_blocks = cut_into_blocks(whole.held_out, max_length) if whole.held_out else None
-    whole.report.update(trained_tokens=blocks.trained_count(), max_length_seen=int(blocks.lengths.max()))
+    whole.report.update(trained_tokens=blocks.trained_count(), max_length_seen=blocks.longest())
     return replace(whole, train=blocks, held_out=held_blocks)
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from truetune.models.layers import decoder_layers
 from truetune.optim.choose import state_bytes
-from truetune.quant.base import QuantLinear
+from truetune.quant.packed import Packed
 
 # What oneDNN keeps of the kernels it compiles for low-precision products on a CPU, one per size it meets.
 KERNELS_MB = 120.0
@@ -104,16 +104,16 @@ def _activations(model: nn.Module, shape: Mapping[str, int], demand: Demand, eco
     found = tokens * (kept + busiest) / 1e6 + min(LOGITS_MB, 2 * logits)
     if width < 4 and not torch.cuda.is_available():
         found += KERNELS_MB
-    if packed := [module for module in model.modules() if isinstance(module, QuantLinear)]:
+    if packed := [module for module in model.modules() if isinstance(module, Packed)]:
         # The largest is made dense for each of its products.
-        found += max(module.in_features * module.out_features for module in packed) * width / 1e6
+        found += max(module.dense_at_once for module in packed) * width / 1e6
     return found
 
 
 def _frozen_bytes(module: nn.Module, width: int) -> float:
     everything, trained = count_parameters(module)
-    packed = [part for part in module.modules() if isinstance(part, QuantLinear)]
-    dense = everything - trained - sum(part.in_features * part.out_features for part in packed)
+    packed = [part for part in module.modules() if isinstance(part, Packed)]
+    dense = everything - trained - sum(part.dense_values for part in packed)
     return dense * width + sum(part.packed_bytes for part in packed)
 
 

@@ -38,13 +38,20 @@ def parse(raw: RawRow) -> Row:
         RowError: ``not_an_object``, ``missing_field``, ``wrong_type``, ``empty_output``, ``two_inputs``, ``ambiguous``.
     """
     value = _flat(expect_object(raw.value))
-    instruction = text_field(value, "instruction")
-    added = _added(value)
-    messages = [*system_message(value), *_history(value)]
-    answer = answer_field(value, _answer_column(value))
-    messages += [_question(instruction, added), Message("assistant", answer)]
+    question = asked(value)
+    messages = [*question, Message("assistant", answer_field(value, _answer_column(value)))]
     check_answers(messages)
     return Row(raw.origin, messages=tuple(messages))
+
+
+def asked(value: Mapping[str, Any]) -> list[Message]:
+    """What comes before the answer: a system message if given, earlier turns, the user's turn.
+
+    Raises:
+        RowError: as ``parse``.
+    """
+    instruction, added = text_field(value, "instruction"), _added(value)
+    return [*system_message(value), *_history(value), _question(instruction, added)]
 
 
 def _answer_column(value: Mapping[str, Any]) -> str:

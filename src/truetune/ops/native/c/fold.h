@@ -35,6 +35,12 @@ TT_INLINE void fold_store(void *row, int64_t i, int64_t n, vf v, int dtype) {
         store_at(row, i, n, v, TT_FLOAT32);
         return;
     }
+#if TT_WIDTH == 16 && defined(__AVX512BF16__)
+    if (n - i >= TT_WIDTH && !_mm512_fpclass_ps_mask((__m512)v, 0x20)) { /* 0x20: is subnormal */
+        vf_to_bf16((uint16_t *)row + i, v);
+        return;
+    }
+#endif
     vu rounded = (vu)v + 0x7fffu + (((vu)v >> 16) & 1u);
     vh h = vu_narrowed((vu)vf_select(v != v, vf_set(NAN), (vf)rounded) >> 16);
     if (n - i < TT_WIDTH)
@@ -80,6 +86,7 @@ TT_INLINE void fold_rows(tt_fold_args c, int64_t row, int64_t first, int64_t end
 
 TT_INLINE void fold_band(tt_fold_args c, int64_t row, int64_t last, int64_t first, int64_t end, int dtype) {
     for (; row + TT_FOLD_ROWS <= last; row += TT_FOLD_ROWS) fold_rows(c, row, first, end, TT_FOLD_ROWS, dtype);
+    for (; row + 4 <= last; row += 4) fold_rows(c, row, first, end, 4, dtype);
     for (; row < last; row++) fold_rows(c, row, first, end, 1, dtype);
 }
 

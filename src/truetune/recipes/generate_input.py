@@ -1,0 +1,134 @@
+"""The rows of ``truetune generate --input``, and which of them ``--output`` has answers to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from truetune.config.generate import GenerateConfig
+from truetune.data.formats import alpaca
+from truetune.data.formats.checks import RowError
+from truetune.data.schema import Message
+from truetune.errors import DataError, OutputError, beside, why_unread
+from truetune.models import load
+from truetune.models.weights import fingerprint
+from truetune.recipes.merge_forecast import identity_of
+from truetune.train.log import whole_rows
+
+_SETTINGS_ALONE = {"model", "adapter", "prompt", "input", "output", "json_schema", "rows"}  # these change no answer
+
+
+@dataclass(frozen=True)
+class Job:
+    """A row to answer."""
+
+    number: int  # from 1, as an editor counts lines
+    row: dict[str, Any]
+    turns: list[Message]
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """What there is to do.
+
+    Attributes:
+        setup: stands in each answer's row: whatever else the same rows were asked gives another one.
+    """
+
+    todo: list[Job]
+    total: int
+    output: Path
+    setup: str
+
+
+def setup_of(config: GenerateConfig, form: str | None) -> str:
+    """12 hexadecimal digits of what decides the answers: base, adapters, settings and the form asked for."""
+    settings = config.model_dump(mode="json", exclude=_SETTINGS_ALONE)
+    base = fingerprint(load.local_copy(config.model, revision=config.revision))
+    folders = [Path(folder).expanduser() for folder in config.weights]
+    weights = [str(weight) for weight in config.weights.values()]
+    text = json.dumps([base, identity_of(folders, " ".join(weights)), settings, form], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def read(path: Path, output: Path, *, setup: str) -> Jobs:
+    """The rows of ``path`` that ``output`` lacks.
+
+    Raises:
+        DataError: no such file, nothing in it, or a row that is no prompt; named by file and row.
+        OutputError: ``output`` holds something else than answers to these rows by this setup.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        found = f"--input: {path} can't be read: {why_unread(error)}"
+        raise DataError(found, ("did you mean", "" if path.exists() else beside(path))) from None
+    jobs = [_job(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not jobs:
+        raise DataError(f"--input: {path} has no rows", ("expected", '{"prompt": "…"} in each line'))
+    done = _done(output, {job.number: job for job in jobs}, setup)
+    return Jobs([job for job in jobs if job.number not in done], len(jobs), output, setup)
+
+
+def _job(path: Path, number: int, line: str) -> Job:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{path}, row {number}: not valid JSON: {error}") from None
+    try:
+        return Job(number, row, _turns(row))
+    except (RowError, ValueError) as error:
+        raise DataError(
+            f"{path}, row {number}: {error}",
+            ("expected", '{"prompt": "…"}, {"instruction": "…"}, or {"messages": [{"role": "user", "content": "…"}]}'),
+        ) from None
+
+
+def _turns(row: Any) -> list[Message]:
+    """The conversation that is to be answered. Raises RowError, ValueError: there is none."""
+    if not isinstance(row, dict):
+        raise ValueError("no prompt")
+    if isinstance(text := row.get("prompt"), str):
+        return [Message("user", text, instruction=text, input="")]
+    if "instruction" in row:
+        return alpaca.asked(row)
+    turns = row.get("messages")
+    if not (turns and isinstance(turns, list) and all(map(_is_turn, turns))):
+        raise ValueError("no prompt")
+    if turns[-1]["role"] == "assistant":
+        raise ValueError("it ends with an answer, and asks for none")
+    return [Message(turn["role"], turn["content"]) for turn in turns]
+
+
+def _is_turn(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
+
+
+def _done(output: Path, jobs: dict[int, Job], setup: str) -> set[int]:
+    """The numbers of the rows that are answered; a line cut short by a kill is taken off the file."""
+    kept = whole_rows(output)
+    done = set()
+    for line in kept:
+        try:
+            found = json.loads(line)
+            job = jobs[found["row"]]
+            same = all(found.get(key) == value for key, value in job.row.items())
+        except (ValueError, KeyError, TypeError):
+            same = False
+        if not same:
+            raise OutputError(
+                f"--output: {output} holds something else than answers to these rows",
+                ("way out", "another --output, or remove it"),
+            )
+        if found.get("setup") != setup:
+            raise OutputError(
+                f"--output: {output} holds answers of another model, adapter, template or other settings",
+                ("way out", "another --output; or the command that began it, which goes on where it stopped"),
+            )
+        done.add(found["row"])
+    if output.exists() and output.stat().st_size != sum(len(line.encode()) for line in kept):
+        output.write_text("".join(kept), encoding="utf-8")
+    return done
