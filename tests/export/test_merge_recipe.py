@@ -388,3 +388,19 @@ def test_base_and_adapter_swapped_is_said_so(adapter: Path, base: Path, tmp_path
         truetune.merge(str(adapter), str(base), str(tmp_path / "out"))
     with pytest.raises(AdapterError, match="is no adapter"):
         truetune.merge(str(base), str(base), str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    "settings", [LoRA(rank=2, alpha=8), LoRA(rank=2, alpha=8, rank_pattern=("q_proj=1",))], ids=["by files", "by model"]
+)
+def test_what_would_not_be_finite_is_not_written(base: Path, tmp_path: Path, settings: LoRA) -> None:
+    """A plain LoRA is merged by its files alone, one with patterns by the model."""
+    train(base, tmp_path / "adapter", settings)
+    with pytest.raises(ModelError, match=r"\.weight would hold NaN or infinity"):
+        truetune.merge(str(base), f"{tmp_path / 'adapter'}=1e39", str(tmp_path / "out"))
+    tensors = load_file(tmp_path / "adapter" / files.WEIGHTS)
+    tensors[sorted(tensors)[0]].view(-1)[0] = float("nan")
+    save_file(tensors, tmp_path / "adapter" / files.WEIGHTS)
+    with pytest.raises((ModelError, AdapterError), match="NaN or infinity"):
+        truetune.merge(str(base), str(tmp_path / "adapter"), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

@@ -9,6 +9,7 @@ from truetune.ops.native import cpu
 from truetune.ops.native import fold as native
 
 # Whole tiles and what is left of them in both directions, more rows than a task has, and more than a band of A.
+LARGE = 3e38
 SHAPES = [(1, 1, 1), (7, 33, 3), (6, 64, 16), (49, 130, 8), (13, 2049, 64), (97, 48, 300)]
 
 
@@ -48,6 +49,25 @@ def test_ties_round_to_even_and_what_is_too_large_to_infinity(tier: str) -> None
     folded = lowrank.fold(weight, half, torch.ones(1, 1), 1.0)[0]
     assert folded[:3].tolist() == [1.0, 1.015625, float("inf")]
     assert folded[3].isnan()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf"), LARGE])
+@pytest.mark.parametrize("place", [(0, 0), (48, 129), (17, 63)])
+def test_a_sum_that_is_not_finite_is_told(tier: str, bad: float, place: tuple[int, int]) -> None:
+    library = dispatch.library_here()
+    if library is None:
+        pytest.skip("the reference tells nothing")
+    for dtype in (torch.float32, torch.bfloat16):
+        weight, a, b = made(49, 130, 8, dtype)
+        factors = native.Factors(a.data_ptr(), b.data_ptr(), 8, 130, 0.5)
+        told = [native.fold(library, weight.data_ptr(), 49, factors, dtype=str(dtype).removeprefix("torch."))]
+        weight = torch.zeros(49, 130, dtype=dtype)
+        weight[place] = bad if bad != LARGE else torch.finfo(dtype).max
+        if bad == LARGE:  # finite as it is, and not with an update; of bf16 once it is rounded
+            a[:, place[1]], b[place[0]] = 2.0**120, 1.0
+        told.append(native.fold(library, weight.data_ptr(), 49, factors, dtype=str(dtype).removeprefix("torch.")))
+        assert told == [True, False]
+        assert not weight[place].isfinite()
 
 
 def test_the_number_of_threads_changes_no_bit(tier: str, two_threads: None) -> None:

@@ -82,6 +82,10 @@ def test_two_models(tiny_model: Path, tmp_path: Path, ask: Ask) -> None:
     rows = told(ask("--diff", tiny_model, other))
     assert set(rows) == {"config: rms_norm_eps", "model.norm.weight"}
     assert rows["model.norm.weight"]["how"] == "max |Δ| 0.5"
+    assert rows["model.norm.weight"]["a"] == rows["model.norm.weight"]["b"] == "[32] float32"
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    assert told(ask("--diff", tiny_model, other))["model.norm.weight"]["how"] == "NaN or infinity in B"
 
 
 def test_two_models_with_the_same_weights(tiny_model: Path, tmp_path: Path, ask: Ask) -> None:

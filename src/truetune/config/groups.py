@@ -151,6 +151,7 @@ class StepGroup(Options):
         group="training",
         alias=("global_batch_size",),
         gt=0,
+        le=1_000_000,
     )
     micro_tokens: int | None = option(
         None,

@@ -107,7 +107,8 @@ def merge_checkpoint(
             killed are kept, and ``MANIFEST.json`` lists every file with its hash.
 
     Raises:
-        ModelError: the base has no readable safetensors weights or config, or lacks a tensor that is edited.
+        ModelError: the base has no readable safetensors weights or config, or lacks a tensor that is edited; or a
+            tensor would not be finite.
         OutputError: ``out`` is the base, or not empty, or the disk is full or not writable.
         ValueError: the edits contradict each other, or one returns another shape or dtype than it announced.
     """
@@ -248,4 +249,17 @@ def _made_ahead(edits: Sequence[Edit | Addition], entries: Mapping[str, TensorEn
 
 
 def _make(edit: Edit | Addition, entries: Mapping[str, TensorEntry]) -> Tensor:
-    return edit.apply(load(entries[edit.name])) if isinstance(edit, Edit) else edit.make()
+    made = edit.apply(load(entries[edit.name])) if isinstance(edit, Edit) else edit.make()
+    if made.is_floating_point() and not made.isfinite().all():
+        raise not_finite(edit.name)
+    return made
+
+
+def not_finite(name: str) -> ModelError:
+    """Why a merge ends: a model with NaN in it would be written as if nothing were wrong."""
+    return ModelError(
+        f"{name} would hold NaN or infinity when merged",
+        ("likely", "the adapter or the base holds such values, the adapter's weight is too large, or the sum is beyond "
+         "the range of the base's dtype"),
+        ("way out", "truetune inspect says which of them is damaged; nothing was written"),
+    )  # fmt: skip

@@ -19,7 +19,7 @@ from truetune.checkpoint.header import CODES, TensorEntry, read_header
 from truetune.checkpoint.tensors import reading
 from truetune.config.lora import LoRA
 from truetune.errors import AdapterError, ModelError
-from truetune.export.merge import RowEdit
+from truetune.export.merge import RowEdit, not_finite
 from truetune.models.by_files import HEAD, TABLE, PlainConfig, is_matrix
 from truetune.ops import dispatch
 from truetune.ops.native import fold as native
@@ -110,7 +110,8 @@ class _Folding:
         a, b = (native.address(memory) for memory in self._held)
         factors = native.Factors(a, b, self.a.shape[0], columns, self.scale)
         dtype = CODES[self.weight.code][0]
-        native.fold(self.library, native.address(rows), count, factors, dtype=dtype, first=first)
+        if not native.fold(self.library, native.address(rows), count, factors, dtype=dtype, first=first):
+            raise not_finite(self.weight.name)
         if first + count == total:
             self._held = ()
 

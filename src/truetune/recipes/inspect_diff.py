@@ -26,7 +26,6 @@ from truetune.recipes.resume import read_settings
 from truetune.train.log import whole_rows
 
 _SHOWN = 40
-_SAME = "same"
 _SETTINGS = ("config", "generation_config", "tokenizer_config")
 
 
@@ -191,9 +190,11 @@ def _tensors(
         if a.shape != b.shape:
             yield name, forms[0], forms[1], "another shape"
         elif not torch.equal(a, b) or a.dtype != b.dtype:
-            gap = (a.double() - b.double()).abs().max().item() if a.numel() else 0.0
-            told = forms if forms[0] != forms[1] else [_SAME, _SAME]
-            yield name, told[0], told[1], f"max |Δ| {gap:.3g}"
+            wide = {"A": a.double(), "B": b.double()}
+            gap = (wide["A"] - wide["B"]).abs().max().item() if a.numel() else 0.0
+            spoilt = [side for side, values in wide.items() if not values.isfinite().all()]
+            how = f"NaN or infinity in {' and '.join(spoilt)}" if spoilt else f"max |Δ| {gap:.3g}"
+            yield name, forms[0], forms[1], how
 
 
 def _rows(one: Path, other: Path) -> Iterator[Row]:

@@ -30,11 +30,11 @@ def _functions(library: Library) -> ctypes.CDLL:
     functions = library.functions
     functions.tt_fold.argtypes = (*[_P] * 3, *[_I64] * 3, ctypes.c_float, _I32)
     functions.tt_wide.argtypes = (_P, _P, _I64, _I32)
-    functions.tt_fold.restype = functions.tt_wide.restype = None
+    functions.tt_fold.restype, functions.tt_wide.restype = _I32, None
     return functions
 
 
-def fold(library: Library, weight: int, rows: int, factors: Factors, *, dtype: str, first: int = 0) -> None:
+def fold(library: Library, weight: int, rows: int, factors: Factors, *, dtype: str, first: int = 0) -> bool:
     """Add s B A to rows of W, in place; the sum is formed in float32 and rounded once, to the nearest even.
 
     Args:
@@ -42,10 +42,12 @@ def fold(library: Library, weight: int, rows: int, factors: Factors, *, dtype: s
         rows: how many there are.
         dtype: of W, one of ``CODE``.
         first: which row of the whole W, and of B, the first one is.
+    Returns:
+        Whether every sum is finite.
     """
     b = factors.b + 4 * first * factors.rank
     sizes = (rows, factors.columns, factors.rank)
-    _functions(library).tt_fold(weight, factors.a, b, *sizes, factors.scale, CODE[dtype])
+    return bool(_functions(library).tt_fold(weight, factors.a, b, *sizes, factors.scale, CODE[dtype]))
 
 
 def wide(library: Library, raw: bytearray, *, dtype: str) -> bytearray:

@@ -1,4 +1,5 @@
-/* W + s B A in place: the products are summed up in float32, added to W, and rounded once.
+/* W + s B A in place: the products are summed up in float32, added to W, and rounded once; and whether all of it is
+ * finite.
  *
  * A band of columns of A stays in the cache while all rows pass by; within it a tile of rows and vectors stays in
  * registers. An element's sum runs over the rank in order, so neither tiles nor threads change a bit of it.
@@ -27,6 +28,7 @@ typedef struct {
     int64_t rows, n, rank;
     float scale;
     int32_t dtype;
+    int32_t *spoilt;
 } tt_fold_args;
 
 /* Weights keep their subnormal values, which the instruction behind vf_to_bf16 would take for 0. */
@@ -49,8 +51,10 @@ TT_INLINE void fold_store(void *row, int64_t i, int64_t n, vf v, int dtype) {
         memcpy((uint16_t *)row + i, &h, sizeof h);
 }
 
-/* Rows `row` and on, `high` of them, by `wide` vectors of columns from `i` on; only a single vector may be cut by n. */
-TT_INLINE void fold_tile(tt_fold_args c, int64_t row, int64_t i, int high, int wide, int dtype) {
+/* Rows `row` and on, `high` of them, by `wide` vectors of columns from `i` on; only a single vector may be cut by n.
+ * `zeros` stays 0 as long as every sum is finite, once rounded too: of bf16 those that would not be are the ones that
+ * go beyond float32 when a step of bf16 is added. */
+TT_INLINE void fold_tile(tt_fold_args c, int64_t row, int64_t i, int high, int wide, int dtype, vf *zeros) {
     vf sums[TT_FOLD_ROWS][TT_FOLD_VECTORS] = {{{0}}};
     for (int64_t k = 0; k < c.rank; k++) {
         vf a[TT_FOLD_VECTORS];
@@ -72,22 +76,26 @@ TT_INLINE void fold_tile(tt_fold_args c, int64_t row, int64_t i, int high, int w
         TT_WHOLE
         for (int v = 0; v < wide; v++) {
             int64_t at = i + v * TT_WIDTH, end = wide > 1 ? at + TT_WIDTH : c.n;
-            fold_store(w, at, end, load_at(w, at, end, dtype, 0.0f) + vf_set(c.scale) * sums[r][v], dtype);
+            vf sum = load_at(w, at, end, dtype, 0.0f) + vf_set(c.scale) * sums[r][v];
+            *zeros += sum * (dtype == TT_FLOAT32 ? 1.0f : 1.0f + 0x1p-8f) * 0.0f;
+            fold_store(w, at, end, sum, dtype);
         }
     }
 }
 
-TT_INLINE void fold_rows(tt_fold_args c, int64_t row, int64_t first, int64_t end, int high, int dtype) {
+TT_INLINE void fold_rows(tt_fold_args c, int64_t row, int64_t first, int64_t end, int high, int dtype, vf *zeros) {
     int64_t i = first;
     for (; i + TT_FOLD_VECTORS * TT_WIDTH <= end; i += TT_FOLD_VECTORS * TT_WIDTH)
-        fold_tile(c, row, i, high, TT_FOLD_VECTORS, dtype);
-    for (; i < end; i += TT_WIDTH) fold_tile(c, row, i, high, 1, dtype);
+        fold_tile(c, row, i, high, TT_FOLD_VECTORS, dtype, zeros);
+    for (; i < end; i += TT_WIDTH) fold_tile(c, row, i, high, 1, dtype, zeros);
 }
 
 TT_INLINE void fold_band(tt_fold_args c, int64_t row, int64_t last, int64_t first, int64_t end, int dtype) {
-    for (; row + TT_FOLD_ROWS <= last; row += TT_FOLD_ROWS) fold_rows(c, row, first, end, TT_FOLD_ROWS, dtype);
-    for (; row + 4 <= last; row += 4) fold_rows(c, row, first, end, 4, dtype);
-    for (; row < last; row++) fold_rows(c, row, first, end, 1, dtype);
+    vf zeros = {0};
+    for (; row + TT_FOLD_ROWS <= last; row += TT_FOLD_ROWS) fold_rows(c, row, first, end, TT_FOLD_ROWS, dtype, &zeros);
+    for (; row + 4 <= last; row += 4) fold_rows(c, row, first, end, 4, dtype, &zeros);
+    for (; row < last; row++) fold_rows(c, row, first, end, 1, dtype, &zeros);
+    if (vf_sum(zeros) != 0.0f) __atomic_store_n(c.spoilt, 1, __ATOMIC_RELAXED);
 }
 
 /* Columns of a band: whole tiles, at least one. */
@@ -109,11 +117,13 @@ static void fold_task(void *context, int64_t task) {
     }
 }
 
-/* w [rows, n] in `dtype`, a [rank, n] and b [rows, rank] in float32. */
-TT_API void tt_fold(void *w, const float *a, const float *b, int64_t rows, int64_t n, int64_t rank, float scale,
-                    int32_t dtype) {
-    tt_fold_args c = {(char *)w, a, b, rows, n, rank, scale, dtype};
+/* w [rows, n] in `dtype`, a [rank, n] and b [rows, rank] in float32; 0 where a sum is NaN or infinite. */
+TT_API int32_t tt_fold(void *w, const float *a, const float *b, int64_t rows, int64_t n, int64_t rank, float scale,
+                       int32_t dtype) {
+    int32_t spoilt = 0;
+    tt_fold_args c = {(char *)w, a, b, rows, n, rank, scale, dtype, &spoilt};
     tt_parallel((rows + TT_FOLD_TASK - 1) / TT_FOLD_TASK, fold_task, &c);
+    return !spoilt;
 }
 
 /* Numbers in float32. */
