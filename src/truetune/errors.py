@@ -115,7 +115,7 @@ def beside(path: Path) -> str:
 
 
 def why_unread(error: Exception) -> str:
-    """What the system said when a file was opened or read as text, without its number and path."""
+    """What the system said when a file was opened, read as text or written, without its number and path."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return "it is not UTF-8" if isinstance(error, UnicodeError) else str(error)

@@ -285,5 +285,5 @@ def test_an_adapter_that_is_not_finite_is_refused_by_the_tensors_name(saved: Pat
     name = sorted(tensors)[1]
     tensors[name].view(-1)[3] = bad
     save_file(tensors, saved / files.WEIGHTS)
-    with pytest.raises(AdapterError, match=rf"holds NaN or infinity: 1 of [\d,]+ values of {re.escape(name)}"):
+    with pytest.raises(AdapterError, match=rf"holds NaN or infinity in {re.escape(name)}"):
         files.read(saved)

@@ -20,8 +20,9 @@ from truetune.data.template import Template
 from truetune.errors import ModelError, OutputError, TruetuneError
 from truetune.export.gguf import read_keys
 from truetune.export.gguf_arch import arch_of
+from truetune.export.gguf_cuts import check_tokenizer, left_out
 from truetune.export.gguf_rope import rope_factors, side_by_side
-from truetune.export.gguf_tokenizer import Specials, TokenType, check_tokenizer, left_out, tokenizer_keys
+from truetune.export.gguf_tokenizer import Specials, TokenType, tokenizer_keys
 from truetune.export.gguf_vocabulary import Vocabulary
 from truetune.models.tokenizer import ChatTokenizer
 from truetune.recipes.gguf_words import core_of, reader_of, words_of

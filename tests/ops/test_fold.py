@@ -70,6 +70,18 @@ def test_a_sum_that_is_not_finite_is_told(tier: str, bad: float, place: tuple[in
         assert not weight[place].isfinite()
 
 
+def test_what_rounds_to_the_largest_number_is_finite_and_what_lies_above_is_not(tier: str) -> None:
+    library = dispatch.library_here()
+    if library is None:
+        pytest.skip("the reference tells nothing")
+    edge = torch.tensor([0x7F7F7FFF, 0x7F7F8000], dtype=torch.int32).view(torch.float32)  # of bf16, the tie goes up
+    for update, finite in zip(edge, (True, False), strict=True):
+        weight, a, b = torch.zeros(1, 1, dtype=torch.bfloat16), update.view(1, 1).clone(), torch.ones(1, 1)
+        factors = native.Factors(a.data_ptr(), b.data_ptr(), 1, 1, 1.0)
+        assert native.fold(library, weight.data_ptr(), 1, factors, dtype="bfloat16") is finite
+        assert bool(weight.isfinite().all()) is finite
+
+
 def test_the_number_of_threads_changes_no_bit(tier: str, two_threads: None) -> None:
     weight, a, b = made(301, 513, 16, torch.bfloat16)
     both = lowrank.fold(weight, a, b, 0.5)

@@ -5,10 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from serve.live import make_adapter
 from truetune.cli.main import main
+from truetune.config.generate import GenerateConfig
 from truetune.config.lora import LoRA
+from truetune.recipes.generate_input import setup_of
 
 
 @pytest.fixture
@@ -75,6 +79,40 @@ def test_answers_of_another_setup_are_never_taken_for_these(
     assert out.read_bytes() == before
 
 
+def test_what_decides_the_answers_decides_the_setup(
+    tiny_model: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    template, out = tmp_path / "own.jinja", tmp_path / "out.jsonl"
+    template.write_text("{{ messages[0].content }}", encoding="utf-8")
+    ask(capsys, tiny_model, rows, out, "--template", str(template))
+    template.write_text("{{ messages[0].content }}!", encoding="utf-8")
+    argv = ["generate", "--model", str(tiny_model), "--input", str(rows), "--output", str(out), "--max-new-tokens", "6"]
+    assert main([*argv, "--template", str(template)]) == 2
+    folders = [tmp_path / "one", tmp_path / "other"]
+    for number, folder in enumerate(folders):  # by PEFT's older file
+        make_adapter(tiny_model, folder, LoRA(rank=2, alpha=8), seed=1)
+        tensors = load_file(folder / "adapter_model.safetensors")
+        (folder / "adapter_model.safetensors").unlink()
+        torch.save({name: tensor + number for name, tensor in tensors.items()}, folder / "adapter_model.bin")
+    configs = [GenerateConfig(model=str(tiny_model), prompt=("x",), adapter=(str(folder),)) for folder in folders]
+    assert setup_of(configs[0], None) != setup_of(configs[1], None)
+
+
+def test_a_rows_own_columns_are_kept_whatever_they_are_called(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    asked = [{"prompt": "Add\u2028 1.", "answer": "2", "row": 7, "score": float("nan")}, {"prompt": "Add 2.\u0085"}]
+    lines_of = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in asked)
+    path.write_text(lines_of, encoding="utf-8-sig")
+    ask(capsys, tiny_model, path, out)
+    found = ask(capsys, tiny_model, path, out)
+    assert (found["answered"], found["kept"]) == (0, 2)
+    by_row = {row["row"]: row for row in map(json.loads, out.read_text(encoding="utf-8").strip().split("\n"))}
+    assert (by_row[1]["given_answer"], by_row[1]["given_row"], by_row[1]["prompt"]) == ("2", 7, asked[0]["prompt"])
+    assert by_row[1]["answer"] != "2"
+
+
 def test_rows_that_one_trains_on_can_be_asked(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -93,6 +131,7 @@ def test_a_row_that_does_not_fit_is_written_with_its_reason(
     path, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
     path.write_text('{"prompt": "%s"}\n{"prompt": "Add 1."}\n' % ("a" * 400), encoding="utf-8")
     assert ask(capsys, tiny_model, path, out)["failed"] == 1
+    assert ask(capsys, tiny_model, path, out)["failed"] == 1  # they are not asked again, and not forgotten
     by_row = {row["row"]: row for row in lines(out)}
     assert "made for at most 256" in by_row[1]["error"]
     assert "error" not in by_row[2]
@@ -107,6 +146,7 @@ def test_a_row_that_does_not_fit_is_written_with_its_reason(
         ("[1]", "row 1: no prompt"),
         ('{"messages": [{"role": "user"}]}', "row 1: no prompt"),
         ('{"instruction": 1}', "row 1:"),
+        ('{"prompt": "a", "id": "\\ud83d"}', "row 1: \\ud83d is half of a character"),
         (
             '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}',
             "ends with an answer",

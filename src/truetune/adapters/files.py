@@ -22,6 +22,7 @@ from truetune.adapters.inject import Attachment, attach, attach_rows, attachment
 from truetune.adapters.methods import module_of
 from truetune.adapters.names import CARD as CARD
 from truetune.adapters.names import CONFIG as CONFIG
+from truetune.adapters.names import PICKLED
 from truetune.adapters.names import WEIGHTS as WEIGHTS
 from truetune.adapters.parts import has_bias
 from truetune.adapters.peft_config import from_peft, is_on_another, saved_modules, to_peft
@@ -109,8 +110,8 @@ def read(folder: Path, *, mapped: bool = True) -> AdapterFile:
             tensors = load_file(weights) if mapped else parse_file(weights.read_bytes())
         except (SafetensorError, OSError) as error:
             raise AdapterError(f"{folder / WEIGHTS} can't be read: {error}", ("likely", "a copy cut short")) from None
-    elif (folder / "adapter_model.bin").is_file():
-        tensors = read_pickle(folder / "adapter_model.bin")
+    elif (folder / PICKLED).is_file():
+        tensors = read_pickle(folder / PICKLED)
     else:
         raise AdapterError(f"{folder} has no {WEIGHTS}")
     check_finite(folder, tensors)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "truetune.json"
+PICKLED = "adapter_model.bin"
+"""PEFT's older file, where there is no ``WEIGHTS``."""
+
 ROOT = "base_model.model."
 """What PEFT puts in front of a layer's path in the names of its tensors."""
 

@@ -90,7 +90,7 @@ class Hashing:
         if size > self._size:
             self.settle()
             self._free, self._made, self._size = [], 0, max(size, PIECE_BYTES)
-        if not self._free and self._made == max(2, BUFFERS * PIECE_BYTES // self._size):
+        if not self._free and self._made >= max(2, BUFFERS * PIECE_BYTES // self._size):
             self.settle()
         if self._free:
             return self._free.pop()

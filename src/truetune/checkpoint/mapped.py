@@ -27,7 +27,7 @@ class _Mapping(mmap.mmap):
     """A mapped file; a class of its own so that it can be referred to weakly."""
 
 
-_Open = WeakValueDictionary[tuple[str, int, int], Any]
+_Open = WeakValueDictionary[tuple[int, int, int, int], Any]  # device, inode, size, time
 _for_all: _Open = WeakValueDictionary()  # of those who only read
 _open: ContextVar[_Open] = ContextVar("mapped_files", default=_for_all)
 
@@ -66,7 +66,7 @@ def view(entry: TensorEntry) -> Tensor:
 def _mapped(path: Path) -> _Mapping:
     try:
         stat = path.stat()
-        key, mapped = (str(path), stat.st_size, stat.st_mtime_ns), _open.get()
+        key, mapped = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns), _open.get()
         found: _Mapping | None = mapped.get(key)
         if found is None:
             with path.open("rb") as file:

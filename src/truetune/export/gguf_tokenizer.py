@@ -8,13 +8,14 @@ its code knows; an expression that is none of these is refused, because the same
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
 from truetune.errors import ModelError
 from truetune.export.gguf_arch import Value
+from truetune.export.gguf_cuts import check_pieces, cut_of, is_prepended, joins_blanks, kind_of, parts, scheme_of
 
 
 class TokenType(IntEnum):
@@ -42,18 +43,6 @@ class Specials:
     opens: bool = False  # whether every prompt begins with an added token
 
 
-_LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-_TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
-_CUTS = {
-    rf"{_SHORT}{_LETTERS}|\p{{N}}{{1,3}}{_TAIL}": "llama-bpe",
-    rf"{_SHORT}{_LETTERS}|\p{{N}}{_TAIL}": "qwen2",
-    "ByteLevel": "gpt-2",
-    "Digits ByteLevel": "smollm",
-}
-"""Expression → its name in llama.cpp's ``tokenizer.ggml.pre``."""
-
-
 def tokenizer_keys(core: Mapping[str, Any], rows: int, specials: Specials, template: str | None) -> dict[str, Value]:
     """All keys under ``tokenizer``.
 
@@ -65,130 +54,28 @@ def tokenizer_keys(core: Mapping[str, Any], rows: int, specials: Specials, templ
         ModelError: a kind of tokenizer, or a way to cut texts, that llama.cpp has no name for.
     """
     model = core["model"]
-    match _kind(core):
+    match kind_of(core):
         case "gpt2":
-            own: dict[str, Value] = {"pre": _cut(core), "merges": [_merge(pair) for pair in model["merges"]]}
-            own["add_space_prefix"] = any(p.get("add_prefix_space") for p in _parts(core.get("pre_tokenizer")))
+            own: dict[str, Value] = {"pre": cut_of(core), "merges": [_merge(pair) for pair in model["merges"]]}
+            own["add_space_prefix"] = any(p.get("add_prefix_space") for p in parts(core.get("pre_tokenizer")))
             vocabulary, kind = dict(model["vocab"]), "gpt2"
         case "llama":
-            _check_pieces(core)
+            check_pieces(core)
             vocabulary, kind = dict(model["vocab"]), "llama"
             own = {"pre": "default", "add_space_prefix": _prepends(core, specials)}
             own["scores"] = _filled(_scores_of_merges(vocabulary, model["merges"]), rows, core, 0.0)
         case _:
-            _check_pieces(core)
+            check_pieces(core)
             vocabulary, kind = {piece: i for i, (piece, _) in enumerate(model["vocab"])}, "t5"
             own = {"pre": "default", "add_space_prefix": _prepends(core, specials)}
             scores = {i: float(score) for i, (_, score) in enumerate(model["vocab"])}
             own["scores"] = _filled(scores, rows, core, 0.0)
             own |= _charsmap(core)
-            own |= {"remove_extra_whitespaces": True} if own["add_space_prefix"] and _joins_blanks(core) else {}
+            own |= {"remove_extra_whitespaces": True} if own["add_space_prefix"] and joins_blanks(core) else {}
     tokens, types = _tokens(vocabulary, core, rows, byte_pieces=kind == "llama")
     keys: dict[str, Value] = {"model": kind, **own, "tokens": tokens, "token_type": types, **_special_keys(specials)}
     found: dict[str, Value] = {f"tokenizer.ggml.{name}": value for name, value in keys.items()}
     return found | ({"tokenizer.chat_template": template} if template else {})
-
-
-def check_tokenizer(core: Mapping[str, Any]) -> None:
-    """Raises ModelError where ``tokenizer_keys`` would, whatever the number of rows."""
-    if _kind(core) == "gpt2":
-        _cut(core)
-    else:
-        _check_pieces(core)
-
-
-def left_out(core: Mapping[str, Any], *, prefixed: bool = False) -> list[str]:
-    """What the tokenizer does to texts before it cuts them, and a GGUF of its kind has no word for.
-
-    Args:
-        prefixed: whether the file says that a blank is put in front of texts.
-    """
-    kind = _kind(core)
-    joins = kind == "t5" and prefixed and _joins_blanks(core)
-    known = {"gpt2": {"NFC"}, "llama": {"Prepend"}, "t5": {"Prepend", "Precompiled"}}[kind]
-    blanks = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-    found = [
-        f"{part['type']} {part.get('pattern', {}).get('Regex', '')}".strip()
-        for part in _parts(core.get("normalizer"))
-        if part["type"] not in known and part != blanks and not (joins and part["type"] in ("Replace", "Strip"))
-    ]
-    if prefixed and _scheme(core) != "never":
-        found += [] if joins else ["no second blank in front of a text that begins with one"]
-        found += ["a blank in front of the first text alone"] if _scheme(core) == "first" else []
-    if prefixed and kind == "t5" and _prepended(core):
-        found.append("a blank in front of a text of blanks alone")
-    return found
-
-
-def _kind(core: Mapping[str, Any]) -> str:
-    model = core["model"]
-    steps = {part["type"] for part in _parts(core.get("pre_tokenizer"))}
-    if model["type"] == "BPE":
-        return "gpt2" if "ByteLevel" in steps else "llama"
-    if model["type"] == "Unigram":
-        return "t5"
-    raise ModelError(
-        f"a tokenizer of kind {model['type']} can't be written as a GGUF", ("expected", "BPE or Unigram"),
-        ("way out", "--to hf"),
-    )  # fmt: skip
-
-
-def _parts(step: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
-    """The steps of a sequence one by one, or the one step that there is."""
-    if step is None:
-        return
-    inner = next((step[name] for name in ("pretokenizers", "normalizers", "decoders") if name in step), None)
-    if inner is None:
-        yield step
-    else:
-        for part in inner:
-            yield from _parts(part)
-
-
-def _cut(core: Mapping[str, Any]) -> str:
-    """llama.cpp's name for how texts are cut into words."""
-    said = []
-    for part in _parts(core.get("pre_tokenizer")):
-        if part["type"] == "Split":
-            said.append(str(part["pattern"].get("Regex", part["pattern"])))
-        elif part["type"] == "Digits" and part.get("individual_digits"):
-            said.append("Digits")
-        elif part["type"] == "ByteLevel":
-            said += ["ByteLevel"] if part.get("use_regex", True) else []
-        else:
-            said.append(part["type"])
-    changes = left_out(core)
-    found = _CUTS.get(" ".join(said))
-    if found is None or changes:
-        raise _nameless([*changes, *said], ", ".join(_CUTS.values()))
-    return found
-
-
-def _check_pieces(core: Mapping[str, Any]) -> None:
-    """That nothing but blanks cuts a text before SentencePiece's pieces are looked for, as it is in llama.cpp."""
-    model = core["model"]
-    said = [
-        part["type"]
-        for part in _parts(core.get("pre_tokenizer"))
-        # Gemma's cuts at blanks, of which there are none left by then.
-        if part["type"] != "Metaspace" and (part["type"], part.get("pattern")) != ("Split", {"String": " "})
-    ]
-    said += [name for name in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(name)]
-    if model["type"] == "Unigram" and model.get("byte_fallback"):
-        said.append("bytes where no unigram fits (byte_fallback)")
-    if model["type"] == "BPE" and "<0x00>" not in model["vocab"]:
-        said.append("what has no piece is unknown")  # llama.cpp looks for its bytes, and ends where there are none
-    if said:
-        raise _nameless(said, "pieces that begin with ▁, of texts that nothing else cuts")
-
-
-def _nameless(found: Sequence[str], known: str) -> ModelError:
-    return ModelError(
-        "the tokenizer cuts texts into words in a way that llama.cpp has no name for",
-        ("found", " then ".join(found) or "no cut at all"),
-        ("known", known),
-        ("way out", "--to hf: transformers reads the tokenizer as it is"),
-    )
 
 
 def _merge(pair: str | Sequence[str]) -> str:
@@ -257,32 +144,13 @@ def _prepends(core: Mapping[str, Any], specials: Specials) -> bool:
 
     A tokenizer that puts it in front of the first alone never does in prompts that begin with a special token.
     """
-    scheme = _scheme(core)
-    return _prepended(core) or scheme == "always" or (scheme == "first" and not specials.opens)
-
-
-def _prepended(core: Mapping[str, Any]) -> bool:
-    return any(part["type"] == "Prepend" for part in _parts(core.get("normalizer")))
-
-
-def _joins_blanks(core: Mapping[str, Any]) -> bool:
-    """Whether blanks in a row become one, and those at the end none, as SentencePiece has it unless told otherwise.
-
-    Its table of characters makes blanks of line feeds and tabs before; without it, they would be stripped as well.
-    """
-    steps = list(_parts(core.get("normalizer")))
-    joins = any(part["type"] == "Replace" and part["pattern"] == {"Regex": " {2,}"} for part in steps)
-    return joins and {"Precompiled", "Strip"} <= {part["type"] for part in steps}
-
-
-def _scheme(core: Mapping[str, Any]) -> str:
-    parts = [part for part in _parts(core.get("pre_tokenizer")) if part["type"] == "Metaspace"]
-    return str(parts[0].get("prepend_scheme", "always")) if parts else "never"
+    scheme = scheme_of(core)
+    return is_prepended(core) or scheme == "always" or (scheme == "first" and not specials.opens)
 
 
 def _charsmap(core: Mapping[str, Any]) -> dict[str, Value]:
     """SentencePiece's table of normalised characters, as the bytes it is."""
-    for part in _parts(core.get("normalizer")):
+    for part in parts(core.get("normalizer")):
         if part["type"] == "Precompiled" and part.get("precompiled_charsmap"):
             return {"precompiled_charsmap": list(base64.b64decode(part["precompiled_charsmap"]))}
     return {}

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from truetune.adapters import files
-from truetune.adapters.files import CARD, CONFIG, WEIGHTS
+from truetune.adapters.names import CARD, CONFIG, PICKLED, WEIGHTS
 from truetune.errors import AdapterError, nearest
 from truetune.generate.loaded import LoadedAdapter, Stamp, fit
 
@@ -143,7 +143,7 @@ class AdapterShelf:
 def stamp_of(folder: Path) -> Stamp:
     """What tells that an adapter's files were written anew: their names, sizes and times."""
     found = []
-    for file in (CONFIG, WEIGHTS, "adapter_model.bin", CARD):
+    for file in (CONFIG, WEIGHTS, PICKLED, CARD):
         try:
             stat = (folder / file).stat()
         except OSError:

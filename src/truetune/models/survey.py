@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 import torch
@@ -31,6 +30,8 @@ from truetune.models.families import DecoderParts, decoder_parts
 from truetune.models.fused import FusedLayer, standing_in
 from truetune.models.layers import decoder, decoder_layers, head_of
 from truetune.models.library import quiet
+from truetune.models.precision import name_of
+from truetune.ops.finite import are_finite
 from truetune.ops.loss import Head
 from truetune.quant.linear8bit import unrounded
 
@@ -106,12 +107,14 @@ def _check_numbers(model: PreTrainedModel, scores: Tensor) -> None:
     """NaN is like nothing, itself included: every comparison below would tell of something else."""
     if not scores.isnan().any():
         return
-    tensors = chain(model.named_parameters(), model.named_buffers())
-    bad = next((name for name, tensor in tensors if tensor.is_floating_point() and not tensor.isfinite().all()), "")
+    weights = [(name, tensor) for name, tensor in model.named_parameters() if tensor.is_floating_point()]
+    bad = next((name for name, tensor in weights if not are_finite(tensor)), "")
+    narrow = next((tensor.dtype for _, tensor in weights if tensor.dtype != torch.float32), None)
+    wider = f"--dtype float32, whose range is wider than that of {name_of(narrow)}" if narrow else ""
     raise ModelError(
         "the model answers NaN to a few plain tokens",
         ("likely", f"{bad} holds NaN or infinity" if bad else ""),
-        ("way out", "copy or download the model again" if bad else "--dtype float32, whose range is wider"),
+        ("way out", "copy or download the model again, or leave the adapter out that brings it" if bad else wider),
     )
 
 

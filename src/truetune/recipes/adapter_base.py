@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any, Protocol
 
+from truetune.adapters.names import CARD, CONFIG, PICKLED, WEIGHTS
+from truetune.checkpoint.atomic import sha256
 from truetune.config.mismatch import Mismatch
 from truetune.errors import AdapterError
 from truetune.models.names import is_local
@@ -97,3 +101,13 @@ def _public_name(name: str) -> str:
     cached = [part for part in PureWindowsPath(name).parts if part.startswith("models--")]
     path = str(Path(name).expanduser().resolve()) if is_local(name) and not cached else name
     return cached[0].removeprefix("models--").replace("--", "/") if cached else path
+
+
+def identity_of(adapters: Sequence[Path], settings: str) -> str:
+    """What decides what comes out beside the base: the adapters' files, and what is done with them."""
+    digest = hashlib.sha256(settings.encode())
+    for folder in adapters:
+        for name in (CONFIG, WEIGHTS, PICKLED, CARD):
+            if (folder / name).is_file():
+                digest.update(json.dumps([name, sha256(folder / name)]).encode())
+    return digest.hexdigest()

@@ -13,7 +13,7 @@ from truetune.data.template import Template
 from truetune.errors import OutputError, counted
 from truetune.export import gguf, gguf_tensors, ollama
 from truetune.export.gguf_arch import Arch, Value, arch_of, hyperparameters, window_left_out
-from truetune.export.gguf_tokenizer import check_tokenizer, left_out
+from truetune.export.gguf_cuts import check_tokenizer, left_out
 from truetune.export.new_folder import check_out
 from truetune.export.serving import serving
 from truetune.models import load

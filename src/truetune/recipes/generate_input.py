@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from truetune.checkpoint.atomic import sha256, write_text
 from truetune.config.generate import GenerateConfig
 from truetune.data.formats import alpaca
 from truetune.data.formats.checks import RowError
@@ -15,10 +16,14 @@ from truetune.data.schema import Message
 from truetune.errors import DataError, OutputError, beside, why_unread
 from truetune.models import load
 from truetune.models.weights import fingerprint
-from truetune.recipes.merge_forecast import identity_of
+from truetune.recipes.adapter_base import identity_of
 from truetune.train.log import whole_rows
 
 _SETTINGS_ALONE = {"model", "adapter", "prompt", "input", "output", "json_schema", "rows"}  # these change no answer
+
+
+OURS = ("row", "answer", "new_tokens", "stopped", "prompt_tokens", "error", "setup")
+"""What stands beside a row's own columns in the output."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,11 @@ class Job:
     number: int  # from 1, as an editor counts lines
     row: dict[str, Any]
     turns: list[Message]
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """Its columns beside the answer; one with a name of ours becomes ``given_…``, as a set's own answers do."""
+        return {f"given_{name}" if name in OURS else name: value for name, value in self.row.items()}
 
 
 @dataclass(frozen=True)
@@ -42,11 +52,14 @@ class Jobs:
     total: int
     output: Path
     setup: str
+    failed: int  # of those that are done, rows with an error in place of an answer
 
 
 def setup_of(config: GenerateConfig, form: str | None) -> str:
     """12 hexadecimal digits of what decides the answers: base, adapters, settings and the form asked for."""
     settings = config.model_dump(mode="json", exclude=_SETTINGS_ALONE)
+    if (template := Path(config.template).expanduser()).is_file():
+        settings["template"] = sha256(template)
     base = fingerprint(load.local_copy(config.model, revision=config.revision))
     folders = [Path(folder).expanduser() for folder in config.weights]
     weights = [str(weight) for weight in config.weights.values()]
@@ -62,7 +75,7 @@ def read(path: Path, output: Path, *, setup: str) -> Jobs:
         OutputError: ``output`` holds something else than answers to these rows by this setup.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         found = f"--input: {path} can't be read: {why_unread(error)}"
         raise DataError(found, ("did you mean", "" if path.exists() else beside(path))) from None
@@ -70,7 +83,7 @@ def read(path: Path, output: Path, *, setup: str) -> Jobs:
     if not jobs:
         raise DataError(f"--input: {path} has no rows", ("expected", '{"prompt": "…"} in each line'))
     done = _done(output, {job.number: job for job in jobs}, setup)
-    return Jobs([job for job in jobs if job.number not in done], len(jobs), output, setup)
+    return Jobs([job for job in jobs if job.number not in done], len(jobs), output, setup, sum(done.values()))
 
 
 def _job(path: Path, number: int, line: str) -> Job:
@@ -79,7 +92,11 @@ def _job(path: Path, number: int, line: str) -> Job:
     except ValueError as error:
         raise DataError(f"{path}, row {number}: not valid JSON: {error}") from None
     try:
+        json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is no text, and can't be written
         return Job(number, row, _turns(row))
+    except UnicodeEncodeError as error:
+        half = error.object[error.start : error.end].encode("ascii", "backslashreplace").decode()
+        raise DataError(f"{path}, row {number}: {half} is half of a character, and no text") from None
     except (RowError, ValueError) as error:
         raise DataError(
             f"{path}, row {number}: {error}",
@@ -107,15 +124,15 @@ def _is_turn(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
 
 
-def _done(output: Path, jobs: dict[int, Job], setup: str) -> set[int]:
-    """The numbers of the rows that are answered; a line cut short by a kill is taken off the file."""
+def _done(output: Path, jobs: dict[int, Job], setup: str) -> dict[int, bool]:
+    """The numbers of the rows that are answered, and whether by an error; a line cut short by a kill is taken off."""
     kept = whole_rows(output)
-    done = set()
+    done = {}
     for line in kept:
         try:
             found = json.loads(line)
-            job = jobs[found["row"]]
-            same = all(found.get(key) == value for key, value in job.row.items())
+            # As text, in which NaN equals itself.
+            same = all(json.dumps(found.get(k)) == json.dumps(v) for k, v in jobs[found["row"]].shown.items())
         except (ValueError, KeyError, TypeError):
             same = False
         if not same:
@@ -128,7 +145,7 @@ def _done(output: Path, jobs: dict[int, Job], setup: str) -> set[int]:
                 f"--output: {output} holds answers of another model, adapter, template or other settings",
                 ("way out", "another --output; or the command that began it, which goes on where it stopped"),
             )
-        done.add(found["row"])
+        done[found["row"]] = "error" in found
     if output.exists() and output.stat().st_size != sum(len(line.encode()) for line in kept):
-        output.write_text("".join(kept), encoding="utf-8")
+        write_text(output, "".join(kept))
     return done

@@ -6,13 +6,15 @@ with by the same command.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from truetune.config.generate import GenerateConfig
-from truetune.errors import OutputError, StoppedError, TruetuneError, counted
+from truetune.errors import OutputError, StoppedError, TruetuneError, counted, why_unread
 from truetune.generate.engine import Engine
 from truetune.generate.request import Handle, Request
 from truetune.recipes.generate_input import Job, Jobs
@@ -40,37 +42,54 @@ def run(
     kept = jobs.total - len(jobs.todo)
     screen.say("rows", counted(jobs.total, "row") + (f" · {kept:,} answered before" if kept else ""))
     engine, began, tokens = engine_of(config, speaker, rows=config.rows), time.perf_counter(), 0
-    grammar, failed, done = None if form is None else engine.grammars.read(form), 0, 0
+    grammar, failed, done = None if form is None else engine.grammars.read(form), jobs.failed, 0
 
     def ask(job: Job) -> Request:
         ids = speaker.conversation_ids(job.turns, config.system)
         check_prompt(ids, speaker, f"row {job.number}")
         return request_for(config, speaker, ids, grammar=grammar)
 
-    try:
-        jobs.output.parent.mkdir(parents=True, exist_ok=True)
-        with jobs.output.open("a", encoding="utf-8") as file, screen.bar("answering") as bar, StopRequest() as stop:
-            for job, answer in _answered(config, jobs.todo, ask, engine):
-                failed += "error" in answer
-                tokens, done = tokens + answer["new_tokens"], done + 1
-                file.write(
-                    json.dumps({"row": job.number, **job.row, **answer, "setup": jobs.setup}, ensure_ascii=False) + "\n"
-                )
-                file.flush()
-                bar(kept + done, jobs.total)
-                if stop.signal is not None:
-                    raise StoppedError(
-                        stop.signal, f"stopped with {kept + done:,} of {counted(jobs.total, 'row')} answered",
-                        ("way out", "the same command goes on where it stopped"),
-                    )  # fmt: skip
-    except OSError as error:
-        raise OutputError(f"--output: {jobs.output} can't be written: {error}") from None
+    with _appending(jobs.output) as write, screen.bar("answering") as bar, StopRequest() as stop:
+        for job, answer in _answered(config, jobs.todo, ask, engine):
+            failed += "error" in answer
+            tokens, done = tokens + answer["new_tokens"], done + 1
+            write({"row": job.number, **job.shown, **answer, "setup": jobs.setup})
+            bar(kept + done, jobs.total)
+            if stop.signal is not None:
+                raise StoppedError(
+                    stop.signal, f"stopped with {kept + done:,} of {counted(jobs.total, 'row')} answered",
+                    ("way out", "the same command goes on where it stopped"),
+                )  # fmt: skip
     speed = round(tokens / max(time.perf_counter() - began, 1e-9), 2)
     screen.say("done", f"{jobs.output}: {counted(done, 'row')}, {counted(tokens, 'token')} · {speed:,.1f} tok/s")
     if failed:
         screen.warn(f"{counted(failed, 'row has', 'rows have')} an error in place of an answer")
     return {"output": str(jobs.output), "rows": jobs.total, "answered": done, "kept": kept, "failed": failed,
             "new_tokens": tokens, "tok_s": speed}  # fmt: skip
+
+
+@contextlib.contextmanager
+def _appending(output: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """What adds a row to a file, whole. Raises OutputError: it can't be written."""
+
+    def refused(error: OSError) -> OutputError:
+        return OutputError(f"--output: {output} can't be written: {why_unread(error)}")
+
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        file = output.open("a", encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise refused(error) from None
+
+    def write(row: Mapping[str, Any]) -> None:
+        try:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+        except OSError as error:
+            raise refused(error) from None
+
+    with file:
+        yield write
 
 
 def _answered(

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from truetune.adapters.names import CARD, CONFIG, WEIGHTS
-from truetune.checkpoint.atomic import sha256
 from truetune.checkpoint.disk import existing, require_space, writing
 from truetune.checkpoint.header import PlannedTensor, TensorEntry
 from truetune.checkpoint.tensors import open_index
@@ -68,16 +64,6 @@ def _growth(edits: Mapping[str, Change], entries: Mapping[str, TensorEntry]) -> 
             planned = becomes(entries[name], edit)
         after += planned.nbytes - (entries[name].nbytes if name in entries else 0)
     return after
-
-
-def identity_of(adapters: Sequence[Path], settings: str) -> str:
-    """What decides the content of a merged model beside the base: the adapters' files, and how they are merged."""
-    digest = hashlib.sha256(settings.encode())
-    for folder in adapters:
-        for name in (CONFIG, WEIGHTS, CARD):
-            if (folder / name).is_file():
-                digest.update(json.dumps([name, sha256(folder / name)]).encode())
-    return digest.hexdigest()
 
 
 def _rate(out: Path, total: int) -> float:

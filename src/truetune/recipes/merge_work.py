@@ -14,10 +14,10 @@ from truetune.config.merge import MergeConfig
 from truetune.errors import counted
 from truetune.export.merge import Change, merge_checkpoint
 from truetune.export.new_folder import check_out
-from truetune.recipes.adapter_base import Named
+from truetune.recipes.adapter_base import Named, identity_of
 from truetune.recipes.artefacts import note_artefact
 from truetune.recipes.merge_beside import extra_files
-from truetune.recipes.merge_forecast import forecast, identity_of
+from truetune.recipes.merge_forecast import forecast
 from truetune.train.log import Screen
 from truetune.train.memory import peak_mb
 

@@ -136,4 +136,5 @@ def whole_rows(path: Path) -> list[str]:
     """The whole lines of a log; one cut short by a kill is not a row."""
     if not path.exists():
         return []
-    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")]
+    *lines, _ = path.read_bytes().split(b"\n")  # a line feed alone: text may hold what else Unicode calls a line's end
+    return [f"{line.decode('utf-8', 'replace')}\n" for line in lines if line.endswith(b"}")]

@@ -52,8 +52,8 @@ TT_INLINE void fold_store(void *row, int64_t i, int64_t n, vf v, int dtype) {
 }
 
 /* Rows `row` and on, `high` of them, by `wide` vectors of columns from `i` on; only a single vector may be cut by n.
- * `zeros` stays 0 as long as every sum is finite, once rounded too: of bf16 those that would not be are the ones that
- * go beyond float32 when a step of bf16 is added. */
+ * `zeros` stays 0 as long as every sum is finite, once rounded too: of bf16 those that would not be, from 2^128 less
+ * half a step on, are exactly the ones that this factor brings beyond float32. */
 TT_INLINE void fold_tile(tt_fold_args c, int64_t row, int64_t i, int high, int wide, int dtype, vf *zeros) {
     vf sums[TT_FOLD_ROWS][TT_FOLD_VECTORS] = {{{0}}};
     for (int64_t k = 0; k < c.rank; k++) {
@@ -77,7 +77,7 @@ TT_INLINE void fold_tile(tt_fold_args c, int64_t row, int64_t i, int high, int w
         for (int v = 0; v < wide; v++) {
             int64_t at = i + v * TT_WIDTH, end = wide > 1 ? at + TT_WIDTH : c.n;
             vf sum = load_at(w, at, end, dtype, 0.0f) + vf_set(c.scale) * sums[r][v];
-            *zeros += sum * (dtype == TT_FLOAT32 ? 1.0f : 1.0f + 0x1p-8f) * 0.0f;
+            *zeros += sum * (dtype == TT_FLOAT32 ? 1.0f : 1.0f + 0x1.008p-9f) * 0.0f;
             fold_store(w, at, end, sum, dtype);
         }
     }
