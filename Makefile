@@ -2,13 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint base test-lowest clean
+.PHONY: demo test matrix lint base test-lowest clean
 
 demo: .venv/.runtime
 	@$(BIN)/truetune demo
 
 test: .venv/.dev
 	@$(BIN)/python -m pytest
+
+# Every method on every form of base and every family, of which `make test` takes a sample: minutes.
+matrix: .venv/.dev
+	@$(BIN)/python -m pytest tests/matrix --whole-matrix
 
 lint: .venv/.dev
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
