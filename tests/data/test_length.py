@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from truetune.data import schema
 from truetune.data.length import OnOverlong, limit_lengths, truncation
 from truetune.data.rejects import EXCERPT
 from truetune.data.schema import Origin, TokenSet
@@ -109,6 +110,16 @@ def test_what_was_cut_off_is_counted() -> None:
     data = rows((10, 4), (1, 3), (0, 15))
     assert truncation(data, limit(data, "truncate")[0]) == {"rows": 2, "tokens": 9, "without_stop": 1}
     assert truncation(data, limit(data, "drop")[0]) == {"rows": 0, "tokens": 0, "without_stop": 0}
+
+
+def test_what_was_cut_off_is_counted_where_shorter_rows_are_looked_at_in_other_stretches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(schema, "_TOKENS", 8)
+    data = rows((10, 4), (1, 3), (0, 15), (1, 1), (4, 20), (0, 6))
+    cut = limit(data, "truncate", 4)[0]
+    assert [len(part) for part in data.stretches()] != [len(part) for part in cut.stretches()]
+    assert truncation(data, cut) == {"rows": 4, "tokens": 10 + 11 + 20 + 2, "without_stop": 4}
 
 
 def test_a_row_whose_stop_token_is_cut_off_is_said() -> None:

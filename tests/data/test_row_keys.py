@@ -1,6 +1,7 @@
 """Which of many rows say the same, found share by share with few of their keys in memory."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,35 @@ def test_of_long_lists_the_first_are_named(tmp_path: Path, monkeypatch: pytest.M
     assert repeats.count == 400 - len(KINDS)
     assert repeats.named == [(len(KINDS) + n, n) for n in range(LISTED)]
     assert repeats.spared.tolist() == [True] * 5
+
+
+class Counted(RowKeys):
+    """Tells how often all keys are gone through."""
+
+    passes = 0
+
+    def stretches(self) -> Iterator[tuple[int, Keys]]:
+        Counted.passes += 1
+        return super().stretches()
+
+
+@pytest.mark.parametrize("shares", [1, 64])
+def test_however_many_shares_there_are_the_keys_are_read_twice(
+    shares: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = 4096
+    monkeypatch.setattr(row_keys, "_SHARE", rows // shares)
+    monkeypatch.setattr(Counted, "passes", 0)
+    half = np.random.default_rng(0).integers(-(1 << 63), 1 << 63, rows // 2, dtype=np.int64)
+    keys = Counted(RowKeys.write(tmp_path / "keys", [half, half]).path, rows)
+    assert compare(Side(keys, 0.0), None, first=(0, 0))[0].count == rows // 2
+    assert Counted.passes <= 3  # to see which are wanted is another one, which ends at the last that is asked for
+
+
+def test_nothing_is_left_beside_the_keys(tmp_path: Path) -> None:
+    keys = keys_of([1, 2, 1], tmp_path / "keys")
+    assert compare(Side(keys, 0.0), Side(keys, 0.0), first=(0, 0))[0].named == [(2, 0)]
+    assert [path.name for path in tmp_path.iterdir()] == ["keys"]
 
 
 def peak_bytes() -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import truetune
 from families import FAMILIES, distance, logits, perturb
-from packed import KINDS, dense_twin, packed_layers, quantize, save_base
+from packed import KINDS, dense_twin, packed_layers, quantize, save_base, values
 from truetune.adapters import files
 from truetune.checkpoint.tensors import load, open_index
 from truetune.config.lora import LoRA
 from truetune.config.quant import QuantRecipe
-from truetune.errors import ConfigError, ModelError
+from truetune.errors import ConfigError, ModelError, QuantizationError
+from truetune.export.onto import Drift, Onto
+from truetune.export.onto_experts import experts_on_quantised
 from truetune.models.load import load_model
+from truetune.quant.stack import Stack
 
 CLOSE = 1e-5
 ALL = LoRA(rank=4, alpha=8)
@@ -221,6 +226,29 @@ def test_onto_what_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--onto dequantized: neither"):
         merge(base, tmp_path, onto="dequantized")
     assert not (tmp_path / "out").exists()
+
+
+def test_stacks_that_the_files_hold_otherwise_are_refused(tmp_path: Path) -> None:
+    """A square matrix would be merged the wrong way round, one expert more as if it were packed too."""
+    name, recipe, dtype = "model.layers.0.mlp.experts.down_proj", KINDS["nf4"], torch.float32
+    tensors = {f"model.layers.0.mlp.experts.{e}.down_proj.weight": values(8, 8, seed=e) for e in range(2)}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    entries, drift = open_index(tmp_path), Drift()
+
+    def edits(onto: Onto, *, transposed: bool) -> Collection[str]:
+        stack = Stack((2, 8, 8), recipe, transposed=transposed, dtype=dtype, path=name)
+        return experts_on_quantised(
+            {}, {name: stack}, entries, recipe, onto=onto, dtype=dtype, prefix="model", drift=drift
+        ).keys()
+
+    assert edits("dequantized", transposed=False) == tensors.keys()
+    assert not edits("original", transposed=True)
+    with pytest.raises(ModelError, match=rf"no tensor {re.escape(name)}, which was packed(.|\n)*--onto original"):
+        edits("dequantized", transposed=True)
+    save_file({name: values(3, 8, 8)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    entries = open_index(tmp_path)
+    with pytest.raises(QuantizationError, match=rf"^{re.escape(name)}: found \[3, 8, 8\], expected \[2, 8, 8\]"):
+        edits("original", transposed=False)
 
 
 def test_packed_layers_that_the_files_call_otherwise_are_refused(tmp_path: Path) -> None:

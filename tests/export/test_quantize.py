@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, PretrainedConfig
 
 import truetune
 from packed import KINDS, quantize, save_base
@@ -141,6 +144,61 @@ def test_a_tensor_that_stays_dense_has_to_be_finite_too(base: Path, tmp_path: Pa
     with pytest.raises(QuantizationError, match=r"^model\.embed_tokens\.weight: 1 of "):
         quantize(base, tmp_path / "out", KINDS["nf4"])
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+EXPERTS = 3
+STACK = "model.layers.0.mlp.experts.down_proj"
+MATRICES = QuantRecipe(kind="nf4", experts=True, skip=("gate_up_proj",))
+
+
+def mixture(config: type[PretrainedConfig], folder: Path) -> Path:
+    """One layer of experts whose second map is square: which way round a matrix lies can't be told by its shape."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_local_experts": EXPERTS}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 32}
+    AutoModelForCausalLM.from_config(config(**sizes, **heads, pad_token_id=None)).save_pretrained(folder)
+    return folder
+
+
+def rewritten(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_matrices_one_by_one_are_not_taken_for_a_stack_that_is_transposed(tmp_path: Path) -> None:
+    base = mixture(GptOssConfig, tmp_path / "base")
+
+    def one_by_one(tensors: dict[str, Tensor]) -> None:
+        for e, matrix in enumerate(tensors.pop(STACK)):
+            tensors[f"model.layers.0.mlp.experts.{e}.down_proj.weight"] = matrix.T.contiguous()
+
+    quantize(base, tmp_path / "whole", MATRICES)
+    rewritten(base, one_by_one)
+    with pytest.raises(ModelError, match=rf"no tensor {re.escape(STACK)}"):
+        quantize(base, tmp_path / "out", MATRICES)
+
+
+@pytest.mark.parametrize("count", [EXPERTS - 1, EXPERTS + 1])
+def test_a_stack_of_another_number_of_experts_is_refused(count: int, tmp_path: Path) -> None:
+    base = mixture(GptOssConfig, tmp_path / "base")
+    rewritten(base, lambda tensors: tensors.update({STACK: torch.zeros(count, 16, 16)}))
+    with pytest.raises(QuantizationError, match=rf"^{re.escape(STACK)}: found \[{count}, 16, 16\], expected \[3, 16"):
+        quantize(base, tmp_path / "out", MATRICES)
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_an_experts_parts_of_uneven_sizes_are_refused(tmp_path: Path) -> None:
+    """As many rows as it should have, but the gate's would be taken for the other half's."""
+    base, stem = mixture(MixtralConfig, tmp_path / "base"), "model.layers.0.block_sparse_moe.experts.1"
+    assert f"{stem}.w1.weight" in open_index(base)
+    recipe = QuantRecipe(kind="nf4", experts=True)
+    quantize(base, tmp_path / "whole", recipe)
+    uneven = {f"{stem}.w1.weight": torch.zeros(17, 16), f"{stem}.w3.weight": torch.zeros(15, 16)}
+    rewritten(base, lambda tensors: tensors.update(uneven))
+    with pytest.raises(
+        QuantizationError, match=rf"^{re.escape(stem)}\.w1\.weight: found \[17, 16\], expected \[16, 16"
+    ):
+        quantize(base, tmp_path / "out", recipe)
 
 
 def test_a_packed_base_is_refused(base: Path, tmp_path: Path) -> None:

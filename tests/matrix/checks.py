@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,18 @@ from packed import dense_twin
 from peft_peer import read_onto, saved_by_peft
 from training_runs import cut_after, differences
 from truetune.errors import AdapterError
-from truetune.quant.linear8bit import unrounded
+from truetune.models.layers import decoder_layers
+from truetune.quant.linear8bit import Linear8bit, unrounded
 from truetune.recipes import verify_reference
-from virtual_checks import check_generation
+from virtual_checks import check_generation, text_logits
 
 LEARNED = GUESSING / 2  # nats per trained token; the bases are above 5
 SIXTH = 2e-6  # what a run writes down is rounded to six places
 KEPT = 0.1  # nats, by the tokens' own chances, where parts trained in float32 are kept in bfloat16
 ROUNDED = 0.05  # of what is rounded to bfloat16 once more; an adapter left out or doubled is off by 0.5
+
+INPUTS = 0.05  # of all logits' size: what eight bits of the inputs do in int8; up to 0.027 was seen
+LARGE = 32.0  # a power of two, so that what is multiplied by it can be divided again; a lost outlier is off by 0.3
 
 
 def same(one: Tensor, other: Tensor, *, rounded: bool = False) -> None:
@@ -117,4 +123,56 @@ def pads(tuned: Tuned, live: Any, folder: Path) -> None:
         check_generation(live, exact=False)
 
 
-ALL = (learns, is_read_back, merges, is_pefts, resumes, pads)
+def rounds(tuned: Tuned, live: Any, folder: Path) -> None:
+    """Int8 as it is run, with inputs in 8 bits: close to the products with the dense weight, outliers or not.
+
+    Large models have columns far above all others, and tiny ones have none: here one is made. Set apart it costs the
+    others nothing; among them it would leave them the coarse steps of the largest.
+    """
+    if tuned.cell.kind != "int8":
+        return
+    assert (off := _rounding(live)) <= INPUTS, f"off by {off:.3g} of its size"
+    with _outliers(live):
+        apart = _rounding(live)
+        with _none_apart(live):
+            among = _rounding(live)
+    assert apart <= INPUTS, f"with outliers: off by {apart:.3g} of its size"
+    assert apart < among, f"off by {apart:.3g} with outliers apart, by {among:.3g} with them among the others"
+
+
+def _rounding(live: Any) -> float:
+    """How much of the text's logits eight bits of the inputs change."""
+    dense, rounded = text(live), text_logits(live).float()
+    return float((rounded - dense).norm() / dense.norm())
+
+
+@contextlib.contextmanager
+def _outliers(live: Any) -> Iterator[None]:
+    """Inside, what a norm gives to projections has a first column that is far larger than the others."""
+    norms = [part for layer in decoder_layers(live) for part in layer.modules() if "Norm" in type(part).__name__]
+    firsts = [norm.get_parameter("weight").detach()[:1] for norm in norms]
+    assert firsts
+    for first in firsts:
+        first.mul_(LARGE)
+    try:
+        yield
+    finally:
+        for first in firsts:
+            first.div_(LARGE)
+
+
+@contextlib.contextmanager
+def _none_apart(live: Any) -> Iterator[None]:
+    """Inside, outliers are rounded among all others."""
+    thresholds = {part: part.threshold for part in live.modules() if isinstance(part, Linear8bit)}
+    assert thresholds
+    for part in thresholds:
+        part.threshold = 0.0
+    try:
+        yield
+    finally:
+        for part, threshold in thresholds.items():
+            part.threshold = threshold
+
+
+ALL = (learns, is_read_back, merges, is_pefts, resumes, pads, rounds)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import itertools
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,8 @@ from truetune.config.methods import METHODS
 from truetune.config.resolve import resolve
 from truetune.config.sft import SFTConfig
 from truetune.errors import ConfigError
+
+Promise = Callable[[Any, Any, Path], None]
 
 
 def test_no_method_kind_or_family_is_left_out() -> None:
@@ -41,14 +44,40 @@ def test_what_is_promised_is_kept(cell: Cell, base_of: Callable[[Cell], Path], t
         return
     tuned = Tuned(cell, base_of(cell), task_file, tmp_path / "run")
     tuned.run(tuned.out)
-    live, faults = tuned.load(), []
-    for check in checks.ALL:
+    assert not (faults := broken(checks.ALL, tuned, tuned.load(), tmp_path)), "\n\n".join(faults)
+
+
+def broken(promises: Iterable[Promise], tuned: Any, live: Any, folder: Path) -> list[str]:
+    """Each promise that is not kept, and how; one that falls over is not kept either."""
+    faults = []
+    for promise in promises:
         try:
-            check(tuned, live, tmp_path)
-        except AssertionError as error:
+            promise(tuned, live, folder)
+        except (Exception, pytest.fail.Exception) as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
-            faults.append(f"{check.__name__}: {error or where.line}")
-    assert faults == [], "\n\n".join(faults)
+            kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+            faults.append(f"{promise.__name__}: {kind}{error or where.line}")
+    return faults
+
+
+def test_all_that_fail_are_named_however_they_fail(tmp_path: Path) -> None:
+    def differs(*_: object) -> None:
+        assert not _
+
+    def falls_over(*_: object) -> None:
+        raise RuntimeError("no such tensor")
+
+    def is_not_refused(*_: object) -> None:
+        with pytest.raises(ConfigError):
+            pass
+
+    def is_kept(*_: object) -> None:
+        return
+
+    found = broken((falls_over, is_not_refused, is_kept, differs), None, None, tmp_path)
+    assert [fault.split(":")[0] for fault in found] == ["falls_over", "is_not_refused", "differs"]
+    assert found[0] == "falls_over: RuntimeError: no such tensor"
+    assert "DID NOT RAISE" in found[1]
 
 
 def is_refused(cell: Cell, folder: Path) -> None:

@@ -112,16 +112,27 @@ def test_the_forecast_is_what_the_model_takes(mixture: Path) -> None:
     assert _frozen_bytes(skeleton, 4) == rest + sum(tensor.nbytes for tensor in packed)
 
 
-@pytest.mark.parametrize("mixture", ["mixtral", "gpt-oss"], indirect=True)
-def test_lora_on_packed_experts_learns_as_on_their_dense_weights(mixture: Path) -> None:
+BIASES = ("experts.gate_up_proj_bias", "experts.down_proj_bias")
+
+
+@pytest.mark.parametrize(
+    ("mixture", "adapted"),
+    [("mixtral", BOTH), ("gpt-oss", BOTH), ("gpt-oss", BIASES), ("gpt-oss", (BOTH[0], BIASES[0]))],
+    indirect=["mixture"],
+    ids=["mixtral", "gpt-oss", "its biases", "a stack with its bias"],
+)
+def test_lora_on_packed_experts_learns_as_on_their_dense_weights(mixture: Path, adapted: tuple[str, ...]) -> None:
+    """Also where it is no product of the experts' own that is added to, and W + s B A stands in for W."""
     found, model = [], truetune.load(str(mixture), quant="nf4")
     for one in (model, dense_twin(model, mixture)):
-        truetune.attach(one, LoRA(rank=2, targets=("none",), target_parameters=BOTH))
+        truetune.attach(one, LoRA(rank=2, targets=("none",), target_parameters=adapted))
         perturb(one)
-        one.train()(IDS, labels=IDS).loss.backward()
+        y = one.train()(IDS, labels=IDS)
+        y.loss.backward()
         found.append({name: p.grad for name, p in one.named_parameters() if p.requires_grad})
+        found[-1]["logits"] = y.logits.detach()
     assert found[0].keys() == found[1].keys()
-    assert len(found[0]) == 8
+    assert len(found[0]) == 8 + 1
     assert all(grad is not None and grad.abs().max() > 0 for grad in found[0].values())
     for name, grad in found[0].items():
         torch.testing.assert_close(grad, found[1][name], atol=1e-6, rtol=1e-4)

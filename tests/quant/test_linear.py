@@ -254,6 +254,19 @@ def test_state_goes_through_a_state_dict_strictly(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_state_is_copied_unless_it_is_to_be_assigned(kind: str) -> None:
+    state = packed(kind, linear(20, 12)).state_dict()
+    theirs = {tensor.data_ptr() for tensor in state.values()}
+    copied, assigned = packed(kind, linear(20, 12)), packed(kind, linear(20, 12))
+    copied.load_state_dict(state)
+    assigned.load_state_dict(state, assign=True)
+    own = {tensor.data_ptr() for name, tensor in copied.state_dict().items() if not name.endswith("quant_map")}
+    assert not theirs & own
+    assert {assigned.weight.data_ptr(), assigned.bias.data_ptr()} <= theirs  # type: ignore[union-attr]
+    assert torch.equal(copied(values(3, 20)), assigned(values(3, 20)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_dense_state_dict_is_packed_as_it_is_loaded(kind: str) -> None:
     base = linear(33, 10)
     layer = packed(kind, nn.Linear(33, 10, device="meta"))

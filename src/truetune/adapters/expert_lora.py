@@ -146,7 +146,9 @@ class ExpertsLoRA(Adapter):
         """As the base's."""
         if self.is_routed and len(args) == 3 and not kwargs:
             return self._routed(*args)
-        sums = {name: update.added_to(getattr(self.base, name)) for name, update in self.parts().items()}
+        sums = {
+            name: update.added_to(experts.dense_parameter(self.base, name)) for name, update in self.parts().items()
+        }
         return torch.func.functional_call(self.base, sums, args, kwargs)
 
     def _routed(self, hidden: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:

@@ -62,12 +62,14 @@ def truncation(before: TokenSet, after: TokenSet) -> dict[str, int]:
     ones that now end within an answer, without the stop token behind it."""
     if len(before) != len(after):  # another policy: rows were left out whole, which is counted as rejects
         return {"rows": 0, "tokens": 0, "without_stop": 0}
-    rows = broken = 0
-    for whole, cut in zip(before.stretches(), after.stretches(), strict=True):
-        lengths = cut.lengths
+    first = rows = broken = 0
+    for whole in before.stretches():
+        # Not the stretches of ``after``: they are bounded by tokens too, so that shorter rows part elsewhere.
+        lengths = after.between(first, first + len(whole)).lengths
         shorter: list[int] = (whole.lengths - lengths).nonzero()[:, 0].tolist()
         rows += len(shorter)
         broken += sum(_breaks_an_answer(whole, i, int(lengths[i])) for i in shorter)
+        first += len(whole)
     return {"rows": rows, "tokens": len(before.tokens) - len(after.tokens), "without_stop": broken}
 
 

@@ -190,6 +190,10 @@ class TokenSet:
         """What was made of these examples, part by part, kept where these are: in memory, or in files."""
         return TokenSet.join(list(parts))
 
+    def files(self) -> list[str]:
+        """The files that examples came from, each once, in the order of the examples."""
+        return list(dict.fromkeys(origin.file for origin in self.origins))
+
     def highest(self) -> int:
         """The largest token id; 0 where there is no token."""
         return int(self.tokens.max()) if len(self.tokens) else 0

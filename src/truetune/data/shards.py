@@ -107,6 +107,10 @@ class MappedSet(TokenSet):
             self.let_go()
         return highest
 
+    def files(self) -> list[str]:
+        """As ``TokenSet.files``, without a look at each row, and with those of which another set has all examples."""
+        return list(self.origins.names) if isinstance(self.origins, Origins) else TokenSet.files(self)
+
     def gathered(self, parts: Iterable[TokenSet]) -> TokenSet:
         """Written beside this set, under a name of its own."""
         names = self.origins.names if isinstance(self.origins, Origins) else []

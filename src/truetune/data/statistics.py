@@ -65,11 +65,11 @@ def histogram(counts: Tensor) -> list[Bar]:
     least, usual, longest = _quantiles(counts, (0, 0.98, 1))
     reach = longest if longest <= 1.5 * usual else usual
     width = next(w for w in _nice_widths() if reach // w - least // w < _BARS)
-    count = reach // width + 1
-    rows = [int(counts[i * width : (i + 1) * width].sum()) for i in range(count)]
-    rest = int(counts[count * width :].sum())
-    bars = [Bar(i * width, (i + 1) * width - 1, rows[i]) for i in range(least // width, count)]
-    return [*bars, Bar(count * width, None, rest)] if rest else bars
+    end = reach // width + 1
+    places = range(least // width, end)
+    bars = [Bar(i * width, (i + 1) * width - 1, int(counts[i * width : (i + 1) * width].sum())) for i in places]
+    rest = int(counts[end * width :].sum())
+    return [*bars, Bar(end * width, None, rest)] if rest else bars
 
 
 def _nice_widths() -> list[int]:

@@ -152,12 +152,7 @@ def on_quantised(
         if name is None:
             if onto == "original":
                 continue
-            raise ModelError(
-                f"the base's files have no tensor {path}.weight, which was packed while the adapter was trained",
-                ("likely", "transformers renames or joins this model's weights while loading, which merging tensor by "
-                 "tensor can't follow"),
-                ("way out", "--onto original"),
-            )  # fmt: skip
+            raise not_in_files(f"{path}.weight")
         site = _LayerSite(path=path, layer=layer, change=change_of(edits.get(name)))
         result[name] = Edit(name, site.edit(recipe, onto, dtype, drift))
     return result
@@ -181,12 +176,22 @@ def unpacked(
         if name not in packed:
             continue
         site = _LayerSite(path=path, layer=layer, change=change_of(result.pop(name, None)))
-        stem = name.removesuffix("weight")
-        own = {n.removeprefix(stem): e for n, e in entries.items() if n.startswith(stem) and n != f"{stem}bias"}
-        drop += [stem + suffix for suffix in own]
+        parts = bnb_state.parts_of(name, entries)
+        drop += parts.values()
+        own = {part: entries[key] for part, key in parts.items()}
         shape = tuple(layer.weight.shape)  # type: ignore[arg-type]
         result[name] = Addition(name, dtype, shape, lambda s=site, o=own: _dense(s, o, recipe, dtype, drift))  # type: ignore[misc]
     return result, drop
+
+
+def not_in_files(name: str) -> ModelError:
+    """For a weight that the dequantised one can't be written for."""
+    return ModelError(
+        f"the base's files have no tensor {name}, which was packed while the adapter was trained",
+        ("likely", "transformers renames or joins this model's weights while loading, which merging tensor by tensor "
+         "can't follow"),
+        ("way out", "--onto original"),
+    )  # fmt: skip
 
 
 def stored_packed(entries: Mapping[str, TensorEntry]) -> bool:

@@ -16,10 +16,9 @@ from truetune.checkpoint.header import TensorEntry
 from truetune.checkpoint.mapped import view
 from truetune.checkpoint.tensors import load, name_in_checkpoint
 from truetune.config.quant import QuantRecipe
-from truetune.errors import ModelError
-from truetune.export.expert_files import files_of
+from truetune.export.expert_files import matrices_of
 from truetune.export.merge import Addition, Edit
-from truetune.export.onto import Drift, Onto, Site, change_of
+from truetune.export.onto import Drift, Onto, Site, change_of, not_in_files
 from truetune.quant.stack import Stack, parts_of
 
 
@@ -106,21 +105,16 @@ def _sites(
     onto: Onto,
 ) -> Iterator[tuple[str, Site]]:
     if stored := name_in_checkpoint(name, entries, prefix):
+        stack.check(entries[stored].shape)
         yield stored, _StackSite(path=name, stack=stack, change=change_of(edits.get(stored)))
         return
-    found = files_of(name, stack.shape[0], entries, prefix)
+    found = matrices_of(name, stack, entries, prefix)
     if not found and onto == "dequantized":
-        raise ModelError(
-            f"the base's files have no tensor {name}, which was packed while the adapter was trained",
-            ("likely", "transformers renames or joins this model's weights while loading, which merging tensor by "
-             "tensor can't follow"),
-            ("way out", "--onto original"),
-        )  # fmt: skip
-    for e, keys in enumerate(found):
-        files = [entries[key] for key in keys]
-        for i, key in enumerate(keys):
-            change = change_of(edits.get(key))
-            yield key, _PartSite(path=name, stack=stack, change=change, files=files, index=i, e=e)
+        raise not_in_files(name)
+    for e, files in enumerate(found):
+        for i, entry in enumerate(files):
+            change = change_of(edits.get(entry.name))
+            yield entry.name, _PartSite(path=name, stack=stack, change=change, files=files, index=i, e=e)
 
 
 def _dense(site: _StackSite, own: Mapping[str, TensorEntry], dtype: torch.dtype, drift: Drift) -> Tensor:

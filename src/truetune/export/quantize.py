@@ -15,7 +15,7 @@ from truetune.checkpoint.shards import ShardWriter
 from truetune.checkpoint.tensors import name_in_checkpoint, open_index
 from truetune.config.quant import QuantRecipe
 from truetune.errors import ModelError
-from truetune.export.expert_files import files_of
+from truetune.export.expert_files import matrices_of
 from truetune.export.new_folder import appearing, check_out, side_contents
 from truetune.export.packing import Dense, Errors, Experts, Item, Layer
 from truetune.ops.allocator import return_freed_memory
@@ -52,7 +52,8 @@ def quantize_checkpoint(
         progress: called after each tensor with the bytes written so far and in all.
     Raises:
         ModelError: no readable safetensors weights, or none of a linear layer under its own name.
-        QuantizationError: weights that are not finite, or a name of ``recipe.skip`` that no layer has.
+        QuantizationError: weights that are not finite or of another shape than the model's, or a name of
+            ``recipe.skip`` that no layer has.
         OutputError: ``out`` is the base, or not empty, or the disk is full or not writable.
     """
     return_freed_memory()
@@ -118,13 +119,13 @@ def _items(model: nn.Module, recipe: QuantRecipe, entries: Mapping[str, TensorEn
 def _of_stack(path: str, stack: Stack, entries: Mapping[str, TensorEntry], prefix: str) -> dict[str, Item | None]:
     """In the place of the first of its tensors the stack, of the others nothing."""
     if name := name_in_checkpoint(path, entries, prefix):
+        stack.check(entries[name].shape)
         return {name: Experts(name, stack, whole=entries[name])}
-    matrices = files_of(path, stack.shape[0], entries, prefix)
+    matrices = matrices_of(path, stack, entries, prefix)
     if not matrices:
         raise _not_there(path)
-    first, *others = [key for keys in matrices for key in keys]
-    found = Experts(path, stack, matrices=[[entries[key] for key in keys] for keys in matrices])
-    return {first: found, **dict.fromkeys(others)}
+    first, *others = [entry.name for files in matrices for entry in files]
+    return {first: Experts(path, stack, matrices=matrices), **dict.fromkeys(others)}
 
 
 def _not_there(name: str) -> ModelError:

@@ -237,9 +237,7 @@ def _fill(model: PreTrainedModel, entries: Mapping[str, TensorEntry], packed: Ma
         if isinstance(module, QuantLinear):
             name = _stored(path, packed, prefix)
             assert name is not None
-            stem = name.removesuffix("weight")
-            own = {n.removeprefix(stem): e for n, e in entries.items() if n.startswith(stem) and n != f"{stem}bias"}
-            module.fill({suffix: mapped.view(entry) for suffix, entry in own.items()})
+            module.fill({p: mapped.view(entries[key]) for p, key in bnb_state.parts_of(name, entries).items()})
             module.awaits_packed = False
             left.discard(name)
         elif isinstance(module, QuantExperts):

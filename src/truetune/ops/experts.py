@@ -7,7 +7,7 @@ Only experts that got tokens are computed; a stack that is stored in another for
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,19 +30,43 @@ def follows_interface(module: nn.Module) -> bool:
     return all(hasattr(module, name) for name in INTERFACE)
 
 
+class OwnsStacks(Protocol):
+    """A module of experts that keeps some of its stacks in a form of its own, such as 4-bit codes."""
+
+    def is_packed(self, name: str) -> bool:
+        """Whether a parameter now is such a stack; all others are as in any module."""
+
+    def frozen_expert(self, name: str, e: int) -> FrozenWeight:
+        """One expert's matrix of a packed stack."""
+
+    def dense(self, name: str) -> Tensor:
+        """A packed stack as the base has it, in memory of its own."""
+
+
+def _owner(module: nn.Module, name: str) -> OwnsStacks | None:
+    owner = cast(OwnsStacks, module)
+    return owner if hasattr(module, "frozen_expert") and owner.is_packed(name) else None
+
+
 def frozen_expert(module: nn.Module, name: str, e: int) -> FrozenWeight:
-    """One expert's matrix, in whatever form its stack is stored."""
-    if hasattr(module, "frozen_expert"):
-        return cast(FrozenWeight, cast(Any, module).frozen_expert(name, e))
+    """One expert's matrix, in whatever form its stack is stored; of a parameter that is a matrix alone, all of it."""
+    if owner := _owner(module, name):
+        return owner.frozen_expert(name, e)
     stack: Tensor = getattr(module, name).detach()
     transposed = stack.ndim == 3 and bool(getattr(module, "is_transposed", False))
     return FrozenLinear(stack[e] if stack.ndim == 3 else stack, transposed)
 
 
+def dense_parameter(module: nn.Module, name: str) -> Tensor:
+    """A parameter as numbers that can be added to: itself, or what a packed stack stands for."""
+    owner = _owner(module, name)
+    return owner.dense(name) if owner else cast(Tensor, getattr(module, name))
+
+
 def product(module: nn.Module, name: str, e: int, x: Tensor) -> Tensor:
     """[n, in] -> [n, out] in the dtype of ``x``: x W_eᵀ, with the gradient of ``x``."""
-    if hasattr(module, "frozen_expert"):
-        weight = frozen_expert(module, name, e)
+    if owner := _owner(module, name):
+        weight = owner.frozen_expert(name, e)
         (y,) = project(Group((Projection(weight, None),)), x.to(weight.dtype))
         return y.to(x.dtype)
     stack = getattr(module, name)
@@ -73,9 +97,11 @@ def routed(hidden: Tensor, chosen: Tensor, shares: Tensor, count: int, of: Calla
         count: of experts.
         of: (e, x [n, hidden]) -> [n, hidden].
     Returns:
-        [tokens, hidden] in the dtype of ``hidden``.
+        [tokens, hidden] in the dtype of ``hidden``; zeros where no token has an expert.
     """
     ids = chosen.reshape(-1)
+    if not len(ids):
+        return hidden.new_zeros(hidden.shape)
     order = torch.argsort(ids, stable=True)
     counts = torch.bincount(ids, minlength=count).tolist()
     rows = torch.split(hidden[order // chosen.shape[-1]], counts)

@@ -13,7 +13,7 @@ from typing_extensions import Self
 from truetune.errors import QuantizationError
 from truetune.ops.frozen import FrozenLinear, FrozenWeight, is_conv1d
 from truetune.ops.projection import Group, Projection, project
-from truetune.quant.packed import Packed
+from truetune.quant.packed import Packed, taken
 
 
 class QuantLinear(nn.Module, Packed):
@@ -177,8 +177,9 @@ class QuantLinear(nn.Module, Packed):
         error_msgs: list[str],
     ) -> None:
         found = {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
-        bias = found.pop("bias", None)
+        device, bias = self.weight.device, found.pop("bias", None)
         if self.bias is not None and bias is not None:
+            bias = taken({"bias": bias}, device, local_metadata)["bias"]
             self.bias = nn.Parameter(bias.to(self.dtype), requires_grad=False)
         elif (self.bias is None) != (bias is None):
             (missing_keys if bias is None else unexpected_keys).append(f"{prefix}bias")
@@ -187,7 +188,7 @@ class QuantLinear(nn.Module, Packed):
         elif found["weight"].is_floating_point() and len(found) == 1:
             self.pack(found["weight"])
         else:
-            self.fill(found)
+            self.fill(taken(found, device, local_metadata))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         """Scales are float32 whatever a model is cast to: only where they are may change."""

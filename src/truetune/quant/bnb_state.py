@@ -8,7 +8,7 @@ with ``SCB`` and ``weight_format`` beside it.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -35,6 +35,16 @@ def packed_weights(names: Collection[str]) -> dict[str, str]:
     scales = [name.removesuffix(".SCB") for name in names if name.endswith(".SCB")]
     found |= {stem if stem in names else f"{stem}.weight": "int8" for stem in scales}
     return {weight: kind for weight, kind in found.items() if weight in names}
+
+
+def parts_of(weight: str, names: Iterable[str]) -> dict[str, str]:
+    """Part of a packed linear layer, as ``QuantLinear.fill`` takes it → what it is called among ``names``.
+
+    Args:
+        weight: the name there of the layer's weight (``….q_proj.weight``).
+    """
+    stem = weight.removesuffix("weight")
+    return {name.removeprefix(stem): name for name in names if name.startswith(stem) and name != f"{stem}bias"}
 
 
 def of_packed4(packed: Packed4) -> dict[str, Tensor]:

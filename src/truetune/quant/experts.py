@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from truetune.config.quant import QuantRecipe
-from truetune.errors import QuantizationError
 from truetune.ops import experts
-from truetune.ops.frozen import FrozenLinear, FrozenWeight
-from truetune.quant.packed import Packed
+from truetune.ops.frozen import FrozenWeight
+from truetune.quant.packed import Packed, taken
 from truetune.quant.stack import Stack, parts_of, stack_of, suffix_of
 
 MAPS = (experts.GATED, experts.PLAIN, experts.LAST)
@@ -87,8 +86,7 @@ class QuantExperts(nn.Module, Packed):
             QuantizationError: values that are not finite, or another shape, by the stack's path and the expert.
         """
         stack = self._stacks[name]
-        if dense.shape != stack.shape:
-            raise QuantizationError(f"{stack.path}: found {list(dense.shape)}, expected {list(stack.shape)}")
+        stack.check(dense.shape)
         self.fill(name, stack.pack(iter(dense)))
 
     def fill(self, name: str, parts: Mapping[str, Tensor]) -> None:
@@ -101,13 +99,16 @@ class QuantExperts(nn.Module, Packed):
         self._parts[name] = dict(parts)
         self.register_parameter(name, nn.Parameter(parts["weight"], requires_grad=False))
 
+    def is_packed(self, name: str) -> bool:
+        """See ``ops.experts.OwnsStacks``; a dense stack may stand in for the codes while it is trained."""
+        if name not in self._weights:
+            return False
+        now: Tensor = getattr(self, name)
+        return not now.is_floating_point() or now.shape != self._stacks[name].shape
+
     def frozen_expert(self, name: str, e: int) -> FrozenWeight:
-        """One expert's matrix [out, in], as adapters see it; before there is one, its sizes."""
-        if name in self._weights:
-            return self._weights[name][e]
-        if name in self._stacks:
-            return self._stacks[name].layer(e).frozen_weight()
-        return FrozenLinear(getattr(self, name).detach()[e], bool(self.is_transposed))
+        """One expert's matrix [out, in] of a packed stack, as adapters see it."""
+        return self._weights[name][e]
 
     def dense(self, name: str) -> Tensor:
         """A stack as it was before, in memory of its own."""
@@ -169,17 +170,17 @@ class QuantExperts(nn.Module, Packed):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        rest = dict(state_dict)
+        rest, filled, missing = dict(state_dict), set[str](), list[str]()
         for name in self.names:
             own = {part: rest.pop(key) for part, key in parts_of(prefix + name, state_dict, self.recipe).items()}
-            if not own:
-                missing_keys.append(prefix + name)
-            elif len(own) == 1 and own["weight"].is_floating_point():
+            if own.keys() == {"weight"} and own["weight"].is_floating_point():
                 self.pack(name, own["weight"])
-            else:
-                self.fill(name, own)
-            rest[prefix + name] = getattr(self, name).detach()  # copied onto itself by what follows
-        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+            elif own:
+                self.fill(name, taken(own, self._device, local_metadata))
+            if own:
+                filled.add(prefix + name)
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
+        missing_keys += (name for name in missing if name not in filled)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantExperts:
         """Scales are float32 whatever a model is cast to: only where they are may change."""

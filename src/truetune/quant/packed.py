@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -34,3 +36,16 @@ class Packed(ABC):
     def packed_bytes(self) -> int:
         """Bytes of all codes and scales."""
         return sum(self.nbytes_by_parameter.values())
+
+
+def taken(state: Mapping[str, Tensor], device: torch.device, metadata: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What a module keeps of a state dict: copies where the module is, or with ``assign=True`` the tensors themselves.
+
+    Args:
+        device: the module's; one without values (meta) takes them where they are.
+        metadata: as ``nn.Module._load_from_state_dict`` gets it.
+    """
+    if metadata.get("assign_to_params_buffers", False):
+        return dict(state)
+    own = None if device.type == "meta" else device
+    return {name: tensor.detach().to(own or tensor.device, copy=True) for name, tensor in state.items()}

@@ -62,18 +62,28 @@ class Stack:
         """Part → the stack of it, for one dense matrix per expert, as they are stored.
 
         Raises:
-            QuantizationError: values that are not finite, or another shape; it names the expert.
+            QuantizationError: values that are not finite, or another shape, named by the expert; or not one for each.
         """
-        stacks: dict[str, Tensor] = {}
+        stacks, found, count = dict[str, Tensor](), 0, self.shape[0]
         for e, matrix in enumerate(matrices):
+            found += 1
+            if found > count:
+                continue  # only counted
             layer = self.layer(e)
             layer.pack(matrix)
             for part, tensor in layer.packed().items():
                 flat = self._as_kept(part, tensor)
                 if part not in stacks:
-                    stacks[part] = flat.new_empty((self.shape[0], *flat.shape))
+                    stacks[part] = flat.new_empty((count, *flat.shape))
                 stacks[part][e] = flat
+        if found != count:
+            raise QuantizationError(f"{self.path}: found {found} matrices, expected {count}, one per expert")
         return stacks
+
+    def check(self, shape: Sequence[int]) -> None:
+        """Raises QuantizationError for a dense stack of another shape."""
+        if tuple(shape) != self.shape:
+            raise QuantizationError(f"{self.path}: found {list(shape)}, expected {list(self.shape)}")
 
     def weights(self, stacks: Mapping[str, Tensor]) -> list[FrozenWeight]:
         """Every expert's matrix from the stacks of its parts, in their memory.

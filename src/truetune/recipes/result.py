@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +18,7 @@ from truetune.checkpoint.run_state import Progress, read_progress, write_trained
 from truetune.data.sources import find_files
 from truetune.data.standard_input import path_of
 from truetune.data.template import with_default_system
-from truetune.errors import counted
+from truetune.errors import DataError, counted
 from truetune.eval.perplexity import Evaluation
 from truetune.models import load
 from truetune.recipes import run_report, verify_reference
@@ -33,7 +35,7 @@ def finish(
 ) -> dict[str, Any]:
     """Write everything a run ends with, and say where it is."""
     out = setup.folder.path
-    card = make_card(setup, progress, evaluation)
+    card = make_card(setup, progress, evaluation, files=_file_hashes(setup, screen))
     if not setup.config.trains_model:
         settle(model)
         with atomic_folder(out / "adapter", manifest=False) as folder:
@@ -103,8 +105,30 @@ def _summary(setup: Setup, card: dict[str, Any], where: Path, *, seconds: float)
     }
 
 
-def make_card(setup: Setup, progress: Progress, evaluation: Evaluation | None) -> dict[str, Any]:
-    """``truetune.json``: all that is needed to load the result the way it was trained."""
+def _file_hashes(setup: Setup, screen: Screen) -> dict[str, str | None]:
+    """SHA-256 of each data file; None of one that is gone, which is said and is no reason to lose what was trained."""
+    found: list[str] = []
+    for path in setup.config.data:
+        with contextlib.suppress(DataError):  # gone: its rows know which file they came from
+            found += find_files([path])
+    hashes: dict[str, str | None] = {}
+    for name in dict.fromkeys([*found, *setup.prepared.train.files()]):
+        try:
+            hashes[name] = sha256(Path(path_of(name)))
+        except OSError as error:
+            hashes[name] = None
+            screen.warn(f"{name}: no longer to be read ({error.strerror}); the result goes without its hash")
+    return hashes
+
+
+def make_card(
+    setup: Setup, progress: Progress, evaluation: Evaluation | None, *, files: Mapping[str, str | None]
+) -> dict[str, Any]:
+    """``truetune.json``: all that is needed to load the result the way it was trained.
+
+    Args:
+        files: SHA-256 of each data file, None where it is not known.
+    """
     config, template = setup.config, setup.prepared.template
     return {
         "format": 1,
@@ -118,7 +142,7 @@ def make_card(setup: Setup, progress: Progress, evaluation: Evaluation | None) -
         # Only stop tokens that were really trained; the tokenizer may know more.
         "stop_ids": sorted(setup.prepared.train.ends() & setup.tokenizer.stop_ids),
         "quantisation": _quantisation(setup),
-        "data": {"files": {f: sha256(Path(path_of(f))) for f in find_files(config.data)}, **setup.prepared.report},
+        "data": {"files": dict(files), **setup.prepared.report},
         "metrics": {
             "steps": progress.step,
             "selected_step": _selected(setup, progress),

@@ -64,7 +64,7 @@ def _again(card: dict[str, Any], command: str, out: Path) -> list[str]:
         f"- computed in {facts.get('compute')}, kernels: {machine.get('kernels')}, threads: {machine.get('threads')}, "
         f"tokens per micro-batch: {facts.get('micro_tokens')}",
         f"- from weights with sha256 {card['base']['weights_sha256'] or '(not known)'}",
-        *(f"- from `{name}` with sha256 {digest}" for name, digest in card["data"]["files"].items()),
+        *(f"- from `{name}` with sha256 {digest or '(not known)'}" for name, digest in card["data"]["files"].items()),
     ]
 
 

@@ -14,9 +14,20 @@ Decode = Callable[[Sequence[int]], str]
 def alike(one: str, other: str) -> bool:
     """Whether two answers are the same text.
 
-    SentencePiece's blank in front of the first word is a part of it or not, by who decodes the answer.
+    SentencePiece's blank in front of the first word is a part of it or not, by who decodes the answer: one, and on one
+    side. Any more are the answer's own, such as the indentation of code.
     """
-    return one.lstrip(" ") == other.lstrip(" ")
+    return any(mine == theirs for mine, theirs in _laid_beside(one, other))
+
+
+def _goes_on(text: str, start: str) -> bool:
+    """Whether ``text`` begins with ``start``, but for the blank that ``alike`` speaks of."""
+    return any(whole.startswith(begun) for whole, begun in _laid_beside(text, start))
+
+
+def _laid_beside(one: str, other: str) -> tuple[tuple[str, str], ...]:
+    """Two texts as they are, and with the blank that either may lack."""
+    return (one, other), (f" {one}", other), (one, f" {other}")
 
 
 def parts_at(own: Sequence[int], ended: bool, text: str, decode: Decode) -> int | None:
@@ -26,9 +37,9 @@ def parts_at(own: Sequence[int], ended: bool, text: str, decode: Decode) -> int 
         ended: whether the last of them is a stop token, which has no text.
     """
     for number in range(1, len(own) + 1):
-        so_far = decode(own[:number]).lstrip(" ")
+        so_far = decode(own[:number])
         # A character that is not whole yet is no text to compare.
-        if not so_far.endswith("\N{REPLACEMENT CHARACTER}") and not text.lstrip(" ").startswith(so_far):
+        if not so_far.endswith("\N{REPLACEMENT CHARACTER}") and not _goes_on(text, so_far):
             return number - 1
     return len(own) - 1 if ended else None
 
@@ -40,10 +51,10 @@ def gap_at(place: int, own: Sequence[int], text: str, likely: tuple[Tensor, Tens
         place: where they part, as ``parts_at`` finds it.
         likely: ids and their log-probabilities at that place, both [k], the likeliest first.
     """
-    before, whole = decode(own[:place]).lstrip(" "), text.lstrip(" ")
+    before = decode(own[:place])
+    ended = alike(before, text)
     for token, value in zip(*(tensor.tolist() for tensor in likely), strict=True):
-        after = decode([*own[:place], token]).lstrip(" ")
-        goes_on = after != before and whole.startswith(after)
-        if token != own[place] and (goes_on or after == before == whole):
+        after = decode([*own[:place], token])
+        if token != own[place] and (ended if after == before else _goes_on(text, after)):
             return float(likely[1][0]) - float(value)
     return math.inf
