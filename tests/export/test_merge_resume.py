@@ -16,7 +16,8 @@ from truetune.checkpoint.atomic import faults
 from truetune.checkpoint.disk import alone
 from truetune.errors import OutputError
 from truetune.export.merge import Edit, MergeReport, merge_checkpoint
-from truetune.recipes.merge_forecast import Forecast, identity_of
+from truetune.recipes.adapter_base import identity_of
+from truetune.recipes.merge_forecast import Forecast
 
 NAMES = [f"w{number}" for number in range(4)]
 

@@ -105,6 +105,10 @@ def _put_together(
 ) -> Encoded:
     """One text of its parts: ``ids`` are those of each part, then of each part up to each of its borders."""
     merged = any(whole[: len(prefix)] != prefix for whole, *prefixes in ids for prefix in prefixes)
+    if len(parts) == 1 and not merged:  # nearly every row
+        (only,), ((whole, *prefixes),) = parts, ids
+        place = {0: 0, only.end: len(whole)} | dict(zip(only.edges, map(len, prefixes), strict=True))
+        return Encoded(whole, _joined([(place[start], place[end]) for start, end in spans]), None)
     place, unlike, tokens = {0: 0}, set[int](), list[int]()
     for part, (whole, *prefixes) in zip(parts, ids, strict=True):
         as_served = [prefix[part.shared :] for prefix in (*prefixes, whole)]
