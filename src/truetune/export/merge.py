@@ -250,7 +250,7 @@ def _made_ahead(edits: Sequence[Edit | Addition], entries: Mapping[str, TensorEn
 
 def _make(edit: Edit | Addition, entries: Mapping[str, TensorEntry]) -> Tensor:
     made = edit.apply(load(entries[edit.name])) if isinstance(edit, Edit) else edit.make()
-    from truetune.ops.finite import are_finite  # tensors are here already, and with them torch
+    from truetune.ops.finite import are_finite  # what makes whole tensors has imported torch already
 
     if not are_finite(made):
         raise not_finite(edit.name)

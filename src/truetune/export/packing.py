@@ -14,6 +14,7 @@ from truetune.checkpoint.tensors import load
 from truetune.config.quant import QuantRecipe
 from truetune.errors import QuantizationError
 from truetune.export.difference import squared
+from truetune.ops.finite import are_finite
 from truetune.ops.frozen import is_conv1d
 from truetune.quant import bnb_state
 from truetune.quant.replace import quantised
@@ -137,8 +138,9 @@ class Experts:
 
 
 def _check_finite(name: str, tensor: Tensor) -> None:
-    """What stays dense is refused as what is packed would be; a sum tells without a mask of the tensor's size."""
-    if not tensor.float().sum().isfinite() and (bad := int((~tensor.isfinite()).sum())):
+    """What stays dense is refused as what is packed would be."""
+    if not are_finite(tensor):
+        bad = int((~tensor.float().isfinite()).sum())
         raise QuantizationError(
             f"{name}: {bad:,} of {tensor.numel():,} values are not finite",
             ("way out", "an earlier checkpoint if the run diverged, another copy if the file is damaged"),

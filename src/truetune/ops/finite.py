@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
 def are_finite(tensor: Tensor) -> bool:
-    """No NaN, no infinity, whatever the dtype; integers always are.
+    """No NaN, no infinity, in a tensor of any shape and dtype; integers always are.
 
-    A sum tells without a mask of the tensor's size; where large values overflow in it, the mask decides.
+    A sum tells without a mask or a copy of the tensor's size; where large values overflow in it, the mask decides.
     """
     if not tensor.is_floating_point():
         return True
-    wide = tensor if tensor.itemsize > 1 else tensor.float()  # torch asks no float of one byte
-    return bool(wide.float().sum().isfinite()) or bool(wide.isfinite().all())
+    wide = tensor if tensor.itemsize > 1 else tensor.float()  # torch neither adds up nor asks floats of one byte
+    return bool(wide.sum(dtype=torch.float32).isfinite()) or bool(wide.isfinite().all())

@@ -22,6 +22,7 @@ from truetune.data.read import read_rows
 from truetune.errors import DataError
 from truetune.export.gguf import read_keys
 from truetune.export.gguf_read import dense
+from truetune.ops.finite import are_finite
 from truetune.recipes.resume import read_settings
 from truetune.train.log import whole_rows
 
@@ -192,7 +193,7 @@ def _tensors(
         elif not torch.equal(a, b) or a.dtype != b.dtype:
             wide = {"A": a.double(), "B": b.double()}
             gap = (wide["A"] - wide["B"]).abs().max().item() if a.numel() else 0.0
-            spoilt = [side for side, values in wide.items() if not values.isfinite().all()]
+            spoilt = [side for side, values in wide.items() if not are_finite(values)]
             how = f"NaN or infinity in {' and '.join(spoilt)}" if spoilt else f"max |Δ| {gap:.3g}"
             yield name, forms[0], forms[1], how
 
