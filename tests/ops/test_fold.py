@@ -7,6 +7,7 @@ from torch import Tensor
 from truetune.ops import dispatch, lowrank
 from truetune.ops.native import cpu
 from truetune.ops.native import fold as native
+from truetune.ops.native.library import Library
 
 # Whole tiles and what is left of them in both directions, more rows than a task has, and more than a band of A.
 LARGE = 3e38
@@ -17,6 +18,23 @@ def made(rows: int, columns: int, rank: int, dtype: torch.dtype) -> tuple[Tensor
     draw = torch.Generator().manual_seed(rows * columns + rank)
     weight, a, b = (torch.randn(*size, generator=draw) for size in ((rows, columns), (rank, columns), (rows, rank)))
     return weight.to(dtype), a, b
+
+
+def laid_out(library: Library, a: Tensor, b: Tensor, scale: float) -> native.Factors:
+    """s B A for the native tier; A as it is stored."""
+    rank, columns = a.shape
+    return native.factors(
+        library, a.data_ptr(), b.data_ptr(), rank=rank, columns=columns, scale=scale, dtype=name_of(a.dtype)
+    )
+
+
+def folded(library: Library, weight: Tensor, factors: native.Factors) -> bool:
+    """In place; whether all of it is finite."""
+    return native.fold(library, weight.data_ptr(), len(weight), factors, dtype=name_of(weight.dtype))
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -59,13 +77,12 @@ def test_a_sum_that_is_not_finite_is_told(tier: str, bad: float, place: tuple[in
         pytest.skip("the reference tells nothing")
     for dtype in (torch.float32, torch.bfloat16):
         weight, a, b = made(49, 130, 8, dtype)
-        factors = native.Factors(a.data_ptr(), b.data_ptr(), 8, 130, 0.5)
-        told = [native.fold(library, weight.data_ptr(), 49, factors, dtype=str(dtype).removeprefix("torch."))]
+        told = [folded(library, weight, laid_out(library, a, b, 0.5))]
         weight = torch.zeros(49, 130, dtype=dtype)
         weight[place] = bad if bad != LARGE else torch.finfo(dtype).max
         if bad == LARGE:  # finite as it is, and not with an update; of bf16 once it is rounded
             a[:, place[1]], b[place[0]] = 2.0**120, 1.0
-        told.append(native.fold(library, weight.data_ptr(), 49, factors, dtype=str(dtype).removeprefix("torch.")))
+        told.append(folded(library, weight, laid_out(library, a, b, 0.5)))
         assert told == [True, False]
         assert not weight[place].isfinite()
 
@@ -77,8 +94,7 @@ def test_what_rounds_to_the_largest_number_is_finite_and_what_lies_above_is_not(
     edge = torch.tensor([0x7F7F7FFF, 0x7F7F8000], dtype=torch.int32).view(torch.float32)  # of bf16, the tie goes up
     for update, finite in zip(edge, (True, False), strict=True):
         weight, a, b = torch.zeros(1, 1, dtype=torch.bfloat16), update.view(1, 1).clone(), torch.ones(1, 1)
-        factors = native.Factors(a.data_ptr(), b.data_ptr(), 1, 1, 1.0)
-        assert native.fold(library, weight.data_ptr(), 1, factors, dtype="bfloat16") is finite
+        assert folded(library, weight, laid_out(library, a, b, 1.0)) is finite
         assert bool(weight.isfinite().all()) is finite
 
 
@@ -106,9 +122,7 @@ def test_rows_of_plain_memory_are_those_of_the_whole(tier: str, dtype: str) -> N
     weight, a, b = made(50, 37, 5, getattr(torch, dtype))
     size = weight.element_size() * 37
     memory = bytearray(weight.view(torch.uint8).numpy().tobytes())
-    held = [bytearray(t.numpy().tobytes()) for t in (a, b)]
-    at = [native.address(memory) for memory in held]
-    factors = native.Factors(at[0], at[1], rank=5, columns=37, scale=0.25)
+    factors = laid_out(library, a, b, 0.25)
     for first, count in ((0, 13), (13, 36), (49, 1)):
         rows = memoryview(memory)[first * size : (first + count) * size]
         native.fold(library, native.address(rows), count, factors, dtype=dtype, first=first)

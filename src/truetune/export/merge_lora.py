@@ -93,30 +93,37 @@ def _fit(weight: TensorEntry, a: TensorEntry, b: TensorEntry, rank: int) -> bool
 
 @dataclass
 class _Folding:
-    """W + s B A on rows as they pass; A and B are in memory from the first row to the last."""
+    """W + s B A of rows as they pass; A and B are in memory from the first row to the last."""
 
     library: Library
     weight: TensorEntry
     a: TensorEntry
     b: TensorEntry
     scale: float
-    _held: tuple[bytearray, ...] = field(default=(), init=False)
+    _factors: native.Factors | None = field(default=None, init=False)
 
     def __call__(self, first: int, rows: memoryview) -> None:
-        total, columns = self.weight.shape
-        if not self._held:
-            self._held = tuple(self._wide(entry) for entry in (self.a, self.b))
+        if self._factors is None:
+            self._factors = self._laid_out()
+        total = self.weight.shape[0]
         count = len(rows) * total // self.weight.nbytes
-        a, b = (native.address(memory) for memory in self._held)
-        factors = native.Factors(a, b, self.a.shape[0], columns, self.scale)
         dtype = CODES[self.weight.code][0]
-        if not native.fold(self.library, native.address(rows), count, factors, dtype=dtype, first=first):
+        if not native.fold(self.library, native.address(rows), count, self._factors, dtype=dtype, first=first):
             raise not_finite(self.weight.name)
         if first + count == total:
-            self._held = ()
+            self._factors = None
 
-    def _wide(self, entry: TensorEntry) -> bytearray:
-        raw = bytearray(entry.nbytes)
-        with reading(entry) as read:
-            read(memoryview(raw))
-        return native.wide(self.library, raw, dtype=CODES[entry.code][0])
+    def _laid_out(self) -> native.Factors:
+        (rank, columns), (a, b) = self.a.shape, (_raw(entry) for entry in (self.a, self.b))
+        wide = native.wide(self.library, b, dtype=CODES[self.b.code][0])
+        return native.factors(
+            self.library, native.address(a), native.address(wide),
+            rank=rank, columns=columns, scale=self.scale, dtype=CODES[self.a.code][0], kept=wide,
+        )  # fmt: skip
+
+
+def _raw(entry: TensorEntry) -> bytearray:
+    raw = bytearray(entry.nbytes)
+    with reading(entry) as read:
+        read(memoryview(raw))
+    return raw

@@ -58,7 +58,10 @@ def fold(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     if (library := dispatch.native(weight)) is not None and a.is_cpu and b.is_cpu and weight.numel():
         merged = weight.detach().clone(memory_format=torch.contiguous_format)
         a, b = a.contiguous(), b.contiguous()
-        factors = native.Factors(a.data_ptr(), b.data_ptr(), len(a), a.shape[1], scale)
+        rank, columns = a.shape
+        factors = native.factors(
+            library, a.data_ptr(), b.data_ptr(), rank=rank, columns=columns, scale=scale, dtype="float32"
+        )
         dtype = str(weight.dtype).removeprefix("torch.")
         native.fold(library, merged.data_ptr(), len(merged), factors, dtype=dtype)
         return merged

@@ -1,4 +1,4 @@
-"""W + s B A in C, on plain addresses: a merge that streams through buffers has no tensors, and imports no torch."""
+"""W + s B A in C, on plain memory: a merge that streams through buffers has no tensors, and imports no torch."""
 
 from __future__ import annotations
 
@@ -14,23 +14,33 @@ CODE = {"float32": 0, "bfloat16": 1}
 _P, _I64, _I32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
 
+_COLUMNS = 64  # TT_FOLD_COLUMNS of fold.h
+_LINE = 64  # bytes of a line of the cache, which a vector should not cross
+
+
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """s B A by where it lies: A [rank, columns] and B [rows, rank], both in float32 and dense."""
+    """s B A: B [rows, rank] in float32 and dense, and A [rank, columns] as ``blocks`` lays it out.
+
+    Attributes:
+        a, b: where they lie; ``kept`` is what has to stay alive for it.
+    """
 
     a: int
     b: int
     rank: int
     columns: int
     scale: float
+    kept: tuple[object, ...] = ()
 
 
 @cache
 def _functions(library: Library) -> ctypes.CDLL:
     functions = library.functions
     functions.tt_fold.argtypes = (*[_P] * 3, *[_I64] * 3, ctypes.c_float, _I32)
+    functions.tt_fold_blocks.argtypes = (_P, _P, _I64, _I64, _I32)
     functions.tt_wide.argtypes = (_P, _P, _I64, _I32)
-    functions.tt_fold.restype, functions.tt_wide.restype = _I32, None
+    functions.tt_fold.restype, functions.tt_fold_blocks.restype, functions.tt_wide.restype = _I32, None, None
     return functions
 
 
@@ -48,6 +58,23 @@ def fold(library: Library, weight: int, rows: int, factors: Factors, *, dtype: s
     b = factors.b + 4 * first * factors.rank
     sizes = (rows, factors.columns, factors.rank)
     return bool(_functions(library).tt_fold(weight, factors.a, b, *sizes, factors.scale, CODE[dtype]))
+
+
+def factors(
+    library: Library, a: int, b: int, *, rank: int, columns: int, scale: float, dtype: str, kept: object = None
+) -> Factors:
+    """s B A, with A laid out for ``fold``.
+
+    Args:
+        a: where A starts, dense and stored as ``dtype``; it is copied.
+        b: where B starts, dense and in float32; it is not copied.
+        kept: what has to stay alive for ``b``.
+    """
+    blocks = -(-columns // _COLUMNS)
+    memory = bytearray(4 * blocks * _COLUMNS * rank + _LINE)
+    start = -(-address(memory) // _LINE) * _LINE
+    _functions(library).tt_fold_blocks(start, a, rank, columns, CODE[dtype])
+    return Factors(start, b, rank, columns, scale, kept=(memory, kept))
 
 
 def wide(library: Library, raw: bytearray, *, dtype: str) -> bytearray:

@@ -148,6 +148,30 @@ static inline vf vf_min(vf a, vf b) {
 #endif
 }
 
+/* The larger of unsigned lanes, and whether one of them is `least` or more. */
+static inline vu vu_max(vu a, vu b) {
+#if TT_WIDTH == 16
+    return (vu)_mm512_max_epu32((__m512i)a, (__m512i)b);
+#elif TT_WIDTH == 8
+    return (vu)_mm256_max_epu32((__m256i)a, (__m256i)b);
+#else
+    vu greater = (vu)(a > b);
+    return (greater & a) | (~greater & b);
+#endif
+}
+
+static inline int vu_reaches(vu a, uint32_t least) {
+    vu limit = (vu){0} + least;
+#if TT_WIDTH == 16
+    return _mm512_cmpge_epu32_mask((__m512i)a, (__m512i)limit) != 0;
+#elif TT_WIDTH == 8
+    return _mm256_movemask_epi8(_mm256_cmpeq_epi32((__m256i)vu_max(a, limit), (__m256i)a)) != 0;
+#else
+    vu found = (vu)(a >= limit);
+    return (found[0] | found[1] | found[2] | found[3]) != 0;
+#endif
+}
+
 /* The largest lane; a NaN may be lost. */
 static inline float vf_largest(vf v) {
 #if TT_WIDTH >= 16
