@@ -4,14 +4,15 @@ A text is encoded as a whole, and once more up to each border: where the shorter
 their number is the border. Where a merge reaches across a border, the text is cut at all of them instead; behind a cut,
 a later prompt may then be worded in other tokens than it would be served in.
 
-Behind a stop token a tokenizer begins anew. So of a text with many borders, what follows a stop token is encoded alone,
-behind that token, and what is left to encode up to each border is short. That the parts are the whole is seen by
-encoding the whole too.
+That is each text twice or more. Behind a stop token, and at the start of a line, most tokenizers begin anew. So what
+follows a border is encoded alone, from shortly before it: from a *seam*. What two parts share must be the same ids in
+both; that the parts are the whole is seen by encoding the whole too. With a tokenizer that cuts texts into words
+before it looks for tokens (``TextEncoder.by_words``) the first is enough, and the second is done now and then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 
@@ -19,7 +20,9 @@ from truetune.data.template import TextEncoder
 
 Span = tuple[int, int]
 
-_WHOLE = 4  # borders up to which a text is not parted
+_WHOLE = 4  # borders up to which a text is not parted, where the whole has to be encoded anyway
+_NEAR = 96  # characters before a border in which a line may begin
+_EVERY = 64  # texts of which one is encoded as a whole too
 
 
 @dataclass(frozen=True)
@@ -38,18 +41,27 @@ class Encoded:
 class _Part:
     """A part of a text: the characters from ``start``, with the borders in it and the one that ends it.
 
-    ``shared`` tokens at its start end the part before it, up to the character ``opening``.
+    It begins at ``opening``, where the part before it ends; what lies between the two is shared by both.
     """
 
     start: int
     edges: list[int]
     end: int
     opening: int = 0
-    shared: int = 0
 
     def texts(self, text: str) -> list[str]:
         """What is to be encoded: all of it, then up to each border."""
         return [text[self.start : self.end], *(text[self.start : edge] for edge in self.edges)]
+
+    def shared(self, text: str) -> str:
+        """What ends the part before it, too."""
+        return text[self.start : self.opening]
+
+
+_Own = list[tuple[_Part, list[list[int]]]]
+"""Parts with the ids that are theirs alone: of all of it, then up to each border."""
+_Seams = Mapping[str, list[int]]
+"""What parts share, as ids."""
 
 
 def tokenise(texts: Sequence[tuple[str, Sequence[Span]]], encoder: TextEncoder, stops: Sequence[str]) -> list[Encoded]:
@@ -59,64 +71,84 @@ def tokenise(texts: Sequence[tuple[str, Sequence[Span]]], encoder: TextEncoder, 
         texts: each with the spans of its characters that are trained, ascending.
         stops: stop tokens that the tokenizer finds in any text, as they are written.
     """
-    parted = [_parted(text, _edges(text, spans), stops) for text, spans in texts]
-    asked: list[str] = []
-    for (text, _), parts in zip(texts, parted, strict=True):
-        asked += [text] * (len(parts) > 1)
+    by_words = encoder.by_words
+    parted = [_parted(text, _edges(text, spans), stops, by_words=by_words) for text, spans in texts]
+    checked = [len(parts) > 1 and (not by_words or _spot(number)) for number, parts in enumerate(parted)]
+    shared = list({part.shared(text) for (text, _), parts in zip(texts, parted, strict=True) for part in parts[1:]})
+    asked = list(shared)
+    for (text, _), parts, check in zip(texts, parted, checked, strict=True):
+        asked += [text] * check
         asked += chain.from_iterable(part.texts(text) for part in parts)
     encoded = iter(encoder.encode(asked))
+    seams: _Seams = {"": []} | {text: next(encoded) for text in shared}
     result = []
-    for (text, spans), parts in zip(texts, parted, strict=True):
-        whole = next(encoded) if len(parts) > 1 else None
+    for (text, spans), parts, check in zip(texts, parted, checked, strict=True):
+        whole = next(encoded) if check else None
         ids = [[next(encoded) for _ in range(len(part.edges) + 1)] for part in parts]
-        if whole is not None and list(chain.from_iterable(_own(parts, ids))) != whole:
+        own = _own(text, parts, ids, seams)
+        if own is None or (whole is not None and [token for _, found in own for token in found[0]] != whole):
             parts = [_Part(0, _edges(text, spans), len(text))]
-            ids = [encoder.encode(parts[0].texts(text))]
-        result.append(_put_together(text, spans, parts, ids, encoder))
+            own = [(parts[0], encoder.encode(parts[0].texts(text)))]
+        result.append(_put_together(text, spans, own, encoder))
     return result
+
+
+def _spot(number: int) -> bool:
+    """Whether a text of a batch is one of those that are encoded as a whole too."""
+    return number % _EVERY == 0
 
 
 def _edges(text: str, spans: Sequence[Span]) -> list[int]:
     return sorted({edge for span in spans for edge in span} - {0, len(text)})
 
 
-def _parted(text: str, edges: list[int], stops: Sequence[str]) -> list[_Part]:
-    """The text in parts that each begin with the stop token of the one before."""
+def _parted(text: str, edges: list[int], stops: Sequence[str], *, by_words: bool) -> list[_Part]:
+    """The text in parts, each of which begins at a seam shortly before the end of the one before."""
     parts: list[_Part] = []
-    start = opening = shared = 0
+    start = opening = 0
     within: list[int] = []
-    for edge in edges if len(edges) > _WHOLE else ():
-        stop = next((stop for stop in stops if text.endswith(stop, opening, edge)), "")
-        if not stop:
+    for edge in edges if by_words or len(edges) > _WHOLE else ():
+        seam = _seam(text, opening, edge, stops, lines=by_words)
+        if seam is None:
             within.append(edge)
             continue
-        parts.append(_Part(start, within, edge, opening, shared))
-        start, opening, shared, within = edge - len(stop), edge, 1, []
-    return [*parts, _Part(start, within if parts else edges, len(text), opening, shared)]
+        parts.append(_Part(start, within, edge, opening))
+        start, opening, within = seam, edge, []
+    return [*parts, _Part(start, within if parts else edges, len(text), opening)]
 
 
-def _own(parts: Sequence[_Part], ids: Sequence[Sequence[list[int]]]) -> Iterator[list[int]]:
-    """The ids of each part that are not the end of the one before."""
-    return (found[0][part.shared :] for part, found in zip(parts, ids, strict=True))
+def _seam(text: str, opening: int, edge: int, stops: Sequence[str], *, lines: bool) -> int | None:
+    """Where a stop token begins that ends at the border, or else the line in which the border stands."""
+    if stop := next((stop for stop in stops if text.endswith(stop, opening, edge)), ""):
+        return edge - len(stop)
+    start = text.rfind("\n", max(opening, edge - _NEAR), edge - 1) + 1 if lines else 0
+    return start if start and not text[start].isspace() else None
 
 
-def _put_together(
-    text: str, spans: Sequence[Span], parts: Sequence[_Part], ids: Sequence[Sequence[list[int]]], encoder: TextEncoder
-) -> Encoded:
-    """One text of its parts: ``ids`` are those of each part, then of each part up to each of its borders."""
-    merged = any(whole[: len(prefix)] != prefix for whole, *prefixes in ids for prefix in prefixes)
-    if len(parts) == 1 and not merged:  # nearly every row
-        (only,), ((whole, *prefixes),) = parts, ids
-        place = {0: 0, only.end: len(whole)} | dict(zip(only.edges, map(len, prefixes), strict=True))
-        return Encoded(whole, _joined([(place[start], place[end]) for start, end in spans]), None)
+def _own(text: str, parts: Iterable[_Part], encoded: Iterable[list[list[int]]], seams: _Seams) -> _Own | None:
+    """What is left of each part's ids without what it shares; None where two parts differ in that."""
+    own: _Own = []
+    before: list[int] = []
+    for part, ids in zip(parts, encoded, strict=True):
+        shared = seams[part.shared(text)]
+        count = len(shared)
+        if count and (before[-count:] != shared or any(found[:count] != shared for found in ids)):
+            return None
+        own.append((part, [found[count:] for found in ids] if count else ids))
+        before = ids[0]
+    return own
+
+
+def _put_together(text: str, spans: Sequence[Span], own: _Own, encoder: TextEncoder) -> Encoded:
+    merged = any(whole[: len(prefix)] != prefix for _, (whole, *prefixes) in own for prefix in prefixes)
     place, unlike, tokens = {0: 0}, set[int](), list[int]()
-    for part, (whole, *prefixes) in zip(parts, ids, strict=True):
-        as_served = [prefix[part.shared :] for prefix in (*prefixes, whole)]
+    for part, (whole, *prefixes) in own:
+        as_served = [*prefixes, whole]
         pieces = _cut(text, part, encoder) if merged else []
         as_trained = [list(chain.from_iterable(pieces[: n + 1])) for n in range(len(pieces))] or as_served
         for edge, one, other in zip((*part.edges, part.end), as_served, as_trained, strict=True):
             place[edge] = len(tokens) + len(other)
-            if one != other or part.opening in unlike:
+            if merged and (one != other or part.opening in unlike):
                 unlike.add(edge)
         tokens += as_trained[-1]
     differs = next((number for number, (start, _) in enumerate(spans, 1) if start in unlike), None)

@@ -28,6 +28,10 @@ class TextEncoder(Protocol):
     eos_token: str
     stop_ids: frozenset[int]
 
+    @property
+    def by_words(self) -> bool:
+        """Whether a text is cut into words by a pattern, and no token depends on anything but its own word."""
+
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, with no special token added."""
 
