@@ -142,8 +142,6 @@ class ChatTokenizer:
         core = getattr(self.hf, "backend_tokenizer", None)
         if core is None or core.truncation or core.padding or not hasattr(core, "encode_batch_fast"):
             return None
-        if forget := getattr(core.model, "_resize_cache", None):
-            forget(0)  # of words and their tokens: with a cache, encoding takes a tenth longer
         return core
 
     @functools.cached_property
