@@ -79,6 +79,8 @@ def near_shared(held_out: Sketches, known: Sketches, threshold: float = THRESHOL
     """Texts of ``held_out`` that are nearly one of ``known``; as ``near_repeats``."""
     matrix, others = held_out.matrix, known.matrix
     ours, theirs = _worded(matrix), _worded(others)
+    if not (len(ours) and len(theirs)):  # to be found out here: the keys of either side take long
+        return _above(matrix, others, (), threshold)
     keys = zip(_band_keys(matrix, ours), _band_keys(others, theirs), strict=True)
     found = (_among(key, other) for key, other in keys)
     return _above(matrix, others, ((ours[a], theirs[b]) for a, b in found), threshold)
