@@ -2,6 +2,7 @@
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -153,6 +154,15 @@ def test_another_activation_is_refused(tmp_path: Path, tiny_model: Path) -> None
     base = made("llama", tmp_path, tiny_model, hidden_act="relu")
     with pytest.raises(ModelError, match=r"computes LlamaForCausalLM otherwise(.|\n)*silu(.|\n)*relu"):
         written(tmp_path / "m.gguf", model=str(base))
+
+
+def test_a_full_disk_leaves_no_folder(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "kept").mkdir()
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(total=1, used=1, free=0))
+    for folder in ("new", "kept"):
+        with pytest.raises(OutputError, match="full"):
+            written(tmp_path / folder / "m.gguf", model=str(tiny_model))
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
 LAYERS = ["full_attention", "full_attention"]

@@ -165,9 +165,10 @@ def _add(writer: Any, key: str, value: Value) -> None:
 
 @contextlib.contextmanager
 def _appearing(path: Path, needed: int) -> Iterator[Path]:
-    """A file beside ``path`` that takes its name when the block ends well, and is gone otherwise."""
+    """A file beside ``path`` that takes its name when the block ends well, and is gone otherwise, its folder too."""
     if path.exists():
         raise OutputError(f"{path} is there already", ("way out", "another --out, or remove it"))
+    new = not path.parent.exists()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with writing(path.parent, needed=needed):
@@ -179,6 +180,9 @@ def _appearing(path: Path, needed: int) -> Iterator[Path]:
             temporary.rename(path)
     finally:
         temporary.unlink(missing_ok=True)
+        if new and not path.exists():
+            with contextlib.suppress(OSError):  # something else was put there meanwhile
+                path.parent.rmdir()
 
 
 def read_keys(path: Path) -> tuple[dict[str, Any], list[Any]]:
