@@ -60,8 +60,14 @@ AROUND = {
 }
 
 
-# What Qwen 2, 2.5 and 3 take for a word; Llama 3's differs in its numbers.
-QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# What is taken for a word by Qwen 2, 2.5 and 3 (Llama 3 differs in its numbers), and by o200k, gpt-oss' among others.
+_UPPER, _LOWER, _ENDS = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]", "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_BLANKS = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+PATTERNS = {
+    "qwen": _ENDS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*" + _BLANKS,
+    "o200k": rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENDS}?|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDS}?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*" + _BLANKS,
+}
 
 
 @cache
@@ -69,11 +75,11 @@ def tokenizer(name: str, tokens: tuple[str, ...] = ()) -> ChatTokenizer:
     from transformers import AutoTokenizer, logging
 
     logging.set_verbosity_error()
-    if name == "qwen's words":
+    if name in PATTERNS:
         from tokenizers import Regex, normalizers, pre_tokenizers
 
         found = tokenizer("gpt2").hf.__class__.from_pretrained(str(MODELS / "tokenizers" / "gpt2"))
-        words = pre_tokenizers.Split(Regex(QWEN), "isolated")
+        words = pre_tokenizers.Split(Regex(PATTERNS[name]), "isolated")
         found.backend_tokenizer.normalizer = normalizers.NFC()
         found.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
@@ -211,35 +217,72 @@ def test_a_tokenizer_that_does_not_begin_anew_behind_a_stop_is_noticed(pieces: l
     assert found[0] == found[1]
 
 
-BY_WORDS = dict.fromkeys(("gpt2", "minimind", "phi2", "qwen's words"), True)
+BY_WORDS = dict.fromkeys(("gpt2", "minimind", "phi2", "qwen", "o200k"), True)
 BY_WORDS |= dict.fromkeys(("mistral", "tinyllama", "stories260K"), False)
+JOINING = st.text("as#:'/. \n\né", max_size=8)  # which are often one word across a border
 ANY_TEXT = st.text(
     st.sampled_from("ab1 \n\r\t.#'s_\u00a0\u3000\u0301é日😀\u200d|") | st.characters(codec="utf-8"), max_size=40
 )
+Pieces = list[tuple[str, bool]]  # of a text, and whether it is trained
 
 
 @pytest.mark.parametrize("name", BY_WORDS)
-@settings(max_examples=150, deadline=None)
-@given(pieces=st.lists(ANY_TEXT, min_size=2, max_size=6), stops=st.booleans())
-@example(pieces=["Q\n###:\n", "A", "\nQ\n", " B"], stops=False)
-@example(pieces=["x\n\u0301", "\u0301\n's", "y"], stops=False)
-def test_any_text_with_borders_anywhere_gives_the_same_tokens_both_ways(
-    name: str, pieces: list[str], stops: bool
-) -> None:
+@settings(max_examples=250, deadline=None)
+@given(pieces=st.lists(st.tuples(JOINING | ANY_TEXT, st.booleans()), min_size=2, max_size=6), stops=st.booleans())
+@example(pieces=[("Q\n###:\n", False), ("A", True), ("\nQ\n", False), (" B", True)], stops=False)
+@example(pieces=[("x\n\u0301", False), ("\u0301\n's", True), ("y", False)], stops=False)
+@example(pieces=[("Ok.\n/", False), ("'s fine", True)], stops=False)
+@example(pieces=[("###'s :\na\n", False), ("\n", True), ("é\né", True)], stops=False)
+@example(
+    pieces=[("a\n\n", False), ("isis\nx", True), ("    th", False), ("eba\n\na\n\n Q:123thebathe\n", True)],
+    stops=False,
+)
+def test_any_text_with_borders_anywhere_gives_the_same_tokens_both_ways(name: str, pieces: Pieces, stops: bool) -> None:
     encoder = tokenizer(name)
     assert encoder.by_words is BY_WORDS[name]
-    if stops:  # each piece but the first ends in one
-        pieces = [pieces[0], *(piece + encoder.eos_token for piece in pieces[1:])]
-    text, ends = "".join(pieces), list(accumulate(map(len, pieces)))
-    spans = [(a, b) for a, b in pairwise(ends) if a < b]
+    if stops or not encoder.by_words:  # each piece but the first ends in one
+        pieces = [pieces[0], *((piece + encoder.eos_token, trained) for piece, trained in pieces[1:])]
+    text, ends = "".join(piece for piece, _ in pieces), list(accumulate((len(piece) for piece, _ in pieces), initial=0))
+    spans = [(a, b) for (a, b), (_, trained) in zip(pairwise(ends), pieces, strict=True) if a < b and trained]
     found = []
     for plain in (False, True):
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(borders, "_WHOLE", 1)
             patch.setattr(borders, "_spot", lambda number: False)
             if plain:
                 patch.setattr(borders, "_seam", lambda *_, **__: None)
             found.append(borders.tokenise([(text, spans)], encoder, (encoder.eos_token,)))
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("added", "by_words"),
+    [(" tool", True), ("\n\n", True), ("\nA: good", False), ("a<|endoftext|>b", False)],
+)
+def test_an_added_token_that_reaches_over_a_border_is_noticed(added: str, by_words: bool) -> None:
+    encoder = ChatTokenizer(tokenizer("gpt2").hf.__class__.from_pretrained(str(MODELS / "tokenizers" / "gpt2")))
+    encoder.add([added])
+    assert encoder.by_words is by_words
+
+
+class LooksBack:
+    """A token for each character, and another one where the third before it is a mark: it says what is not so."""
+
+    by_words = True
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return [[ord(c) + 1000 * (i > 2 and text[i - 3] == "!") for i, c in enumerate(text)] for text in texts]
+
+
+def test_where_a_checked_text_shows_that_parts_are_not_the_whole_none_of_its_batch_is_parted() -> None:
+    text, encoder = "!\nde", LooksBack()
+    one, other = borders.tokenise([(text, [(3, 4)])] * 2, cast(TextEncoder, encoder), ())
+    assert one == other
+    assert one.tokens == encoder.encode([text])[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(borders, "_spot", lambda number: False)
+        unchecked = borders.tokenise([(text, [(3, 4)])], cast(TextEncoder, encoder), ())
+    assert unchecked != [one]  # so the check was what told
 
 
 def test_the_work_goes_with_the_turns_and_not_with_their_square(monkeypatch: pytest.MonkeyPatch) -> None:

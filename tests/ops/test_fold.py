@@ -28,7 +28,7 @@ def laid_out(library: Library, a: Tensor, b: Tensor, scale: float) -> native.Fac
     )
 
 
-def folded(library: Library, weight: Tensor, factors: native.Factors) -> bool:
+def fold_in_place(library: Library, weight: Tensor, factors: native.Factors) -> bool:
     """In place; whether all of it is finite."""
     return native.fold(library, weight.data_ptr(), len(weight), factors, dtype=name_of(weight.dtype))
 
@@ -77,12 +77,12 @@ def test_a_sum_that_is_not_finite_is_told(tier: str, bad: float, place: tuple[in
         pytest.skip("the reference tells nothing")
     for dtype in (torch.float32, torch.bfloat16):
         weight, a, b = made(49, 130, 8, dtype)
-        told = [folded(library, weight, laid_out(library, a, b, 0.5))]
+        told = [fold_in_place(library, weight, laid_out(library, a, b, 0.5))]
         weight = torch.zeros(49, 130, dtype=dtype)
         weight[place] = bad if bad != LARGE else torch.finfo(dtype).max
         if bad == LARGE:  # finite as it is, and not with an update; of bf16 once it is rounded
             a[:, place[1]], b[place[0]] = 2.0**120, 1.0
-        told.append(folded(library, weight, laid_out(library, a, b, 0.5)))
+        told.append(fold_in_place(library, weight, laid_out(library, a, b, 0.5)))
         assert told == [True, False]
         assert not weight[place].isfinite()
 
@@ -94,7 +94,7 @@ def test_what_rounds_to_the_largest_number_is_finite_and_what_lies_above_is_not(
     edge = torch.tensor([0x7F7F7FFF, 0x7F7F8000], dtype=torch.int32).view(torch.float32)  # of bf16, the tie goes up
     for update, finite in zip(edge, (True, False), strict=True):
         weight, a, b = torch.zeros(1, 1, dtype=torch.bfloat16), update.view(1, 1).clone(), torch.ones(1, 1)
-        assert folded(library, weight, laid_out(library, a, b, 1.0)) is finite
+        assert fold_in_place(library, weight, laid_out(library, a, b, 1.0)) is finite
         assert bool(weight.isfinite().all()) is finite
 
 

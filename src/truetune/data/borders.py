@@ -4,10 +4,10 @@ A text is encoded as a whole, and once more up to each border: where the shorter
 their number is the border. Where a merge reaches across a border, the text is cut at all of them instead; behind a cut,
 a later prompt may then be worded in other tokens than it would be served in.
 
-That is each text twice or more. Behind a stop token, and at the start of a line, most tokenizers begin anew. So what
-follows a border is encoded alone, from shortly before it: from a *seam*. What two parts share must be the same ids in
-both; that the parts are the whole is seen by encoding the whole too. With a tokenizer that cuts texts into words
-before it looks for tokens (``TextEncoder.by_words``) the first is enough, and the second is done now and then.
+That is each text twice or more. Behind a stop token, and at the start of most lines, most tokenizers begin anew. So
+what follows a border is encoded alone, from shortly before it: from a *seam*. What two parts share must be the same ids
+in both; that the parts are the whole is seen by encoding the whole too. With a tokenizer that cuts texts into words
+before it looks for tokens (``TextEncoder.by_words``) the first is enough, and the second is done with some of a batch.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ Span = tuple[int, int]
 
 _WHOLE = 4  # borders up to which a text is not parted, where the whole has to be encoded anyway
 _NEAR = 96  # characters before a border in which a line may begin
+_JOINED = "/"  # what some tokenizers (o200k's pattern) take into the word that ends the line before
 _EVERY = 64  # texts of which one is encoded as a whole too
 
 
@@ -39,9 +40,9 @@ class Encoded:
 
 @dataclass(frozen=True)
 class _Part:
-    """A part of a text: the characters from ``start``, with the borders in it and the one that ends it.
+    """A part of a text: its characters from ``opening`` on, with the borders in it and the one that ends it.
 
-    It begins at ``opening``, where the part before it ends; what lies between the two is shared by both.
+    It is encoded from ``start`` on, and shares what lies between the two with the part before it.
     """
 
     start: int
@@ -71,7 +72,14 @@ def tokenise(texts: Sequence[tuple[str, Sequence[Span]]], encoder: TextEncoder, 
         texts: each with the spans of its characters that are trained, ascending.
         stops: stop tokens that the tokenizer finds in any text, as they are written.
     """
-    by_words = encoder.by_words
+    found = _in_parts(texts, encoder, stops, by_words=True) if encoder.by_words else None
+    return found or _in_parts(texts, encoder, stops, by_words=False) or []
+
+
+def _in_parts(
+    texts: Sequence[tuple[str, Sequence[Span]]], encoder: TextEncoder, stops: Sequence[str], *, by_words: bool
+) -> list[Encoded] | None:
+    """``tokenise``; None if the parts of a text that is checked are not the whole, with seams at lines."""
     parted = [_parted(text, _edges(text, spans), stops, by_words=by_words) for text, spans in texts]
     checked = [len(parts) > 1 and (not by_words or _spot(number)) for number, parts in enumerate(parted)]
     shared = list({part.shared(text) for (text, _), parts in zip(texts, parted, strict=True) for part in parts[1:]})
@@ -86,7 +94,11 @@ def tokenise(texts: Sequence[tuple[str, Sequence[Span]]], encoder: TextEncoder, 
         whole = next(encoded) if check else None
         ids = [[next(encoded) for _ in range(len(part.edges) + 1)] for part in parts]
         own = _own(text, parts, ids, seams)
-        if own is None or (whole is not None and [token for _, found in own for token in found[0]] != whole):
+        if own and whole is not None and [token for _, found in own for token in found[0]] != whole:
+            if by_words:  # then the texts that are not checked are not to be trusted either
+                return None
+            own = None
+        if own is None:
             parts = [_Part(0, _edges(text, spans), len(text))]
             own = [(parts[0], encoder.encode(parts[0].texts(text)))]
         result.append(_put_together(text, spans, own, encoder))
@@ -122,7 +134,7 @@ def _seam(text: str, opening: int, edge: int, stops: Sequence[str], *, lines: bo
     if stop := next((stop for stop in stops if text.endswith(stop, opening, edge)), ""):
         return edge - len(stop)
     start = text.rfind("\n", max(opening, edge - _NEAR), edge - 1) + 1 if lines else 0
-    return start if start and not text[start].isspace() else None
+    return start if start and not text[start].isspace() and text[start] not in _JOINED else None
 
 
 def _own(text: str, parts: Iterable[_Part], encoded: Iterable[list[list[int]]], seams: _Seams) -> _Own | None:

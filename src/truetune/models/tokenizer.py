@@ -150,14 +150,17 @@ class ChatTokenizer:
 
         So it is with byte-level tokenizers (GPT-2, Llama 3, Qwen, SmolLM and most others). It is not where a text is
         one word or a blank is put in front of it (SentencePiece), where characters are rewritten by more than Unicode's
-        composition (NFC, which joins none to a line break), or where an added token takes the blanks beside it along.
+        composition (NFC, which joins none to a line break), or where an added token reaches beyond its own characters:
+        to blanks beside it, into the next line, or around another one that ends a turn. Patterns are not looked into.
         """
         core = self._core
         if core is None or type(core.model).__name__ != "BPE":
             return False
         if core.normalizer is not None and type(core.normalizer).__name__ != "NFC":
             return False
-        if any(token.lstrip or token.rstrip or token.single_word for token in core.get_added_tokens_decoder().values()):
+        added = core.get_added_tokens_decoder()
+        stops = [added[number].content for number in self.stop_ids if number in added]
+        if any(_reaches_out(token, stops) for token in added.values()):
             return False
         found = json.loads(core.pre_tokenizer.__getstate__()) if core.pre_tokenizer else {}
         steps = found.get("pretokenizers", [found])
@@ -193,6 +196,13 @@ class ChatTokenizer:
             self.hf.save_pretrained(str(folder))
         finally:
             self.hf.chat_template = before
+
+
+def _reaches_out(token: Any, stops: Sequence[str]) -> bool:
+    """Whether an added token may take in more than it says, or a part of what another border stands behind."""
+    text = token.content
+    lines = any(line and not line[0].isspace() for line in text.split("\n")[1:])
+    return token.lstrip or token.rstrip or token.single_word or lines or any(s in text and s != text for s in stops)
 
 
 def _generation_stops(source: str, options: Mapping[str, Any]) -> list[int]:

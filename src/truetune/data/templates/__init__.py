@@ -1,8 +1,8 @@
 """The named chat templates: one Jinja file each, as its family words conversations, and the tokens each needs.
 
 Contents are kept byte for byte where a family's own template strips them. A source that does not name the start token
-itself gets it in front, where the tokenizer puts one in front of texts. They say m['role'] and not m.role: for that the
-sandbox looks for an attribute first, and takes a quarter longer.
+itself gets it in front, where the tokenizer puts one in front of texts. Of each message they say m['role'] and not
+m.role: there the sandbox looks for an attribute first, and takes a quarter longer.
 """
 
 from __future__ import annotations

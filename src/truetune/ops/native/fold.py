@@ -20,7 +20,7 @@ _LINE = 64  # bytes of a line of the cache, which a vector should not cross
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """s B A: B [rows, rank] in float32 and dense, and A [rank, columns] as ``blocks`` lays it out.
+    """s B A: B [rows, rank] in float32 and dense, and A [rank, columns] as ``factors`` lays it out.
 
     Attributes:
         a, b: where they lie; ``kept`` is what has to stay alive for it.
