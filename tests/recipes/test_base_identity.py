@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import truetune
+from truetune.adapters import files
 from truetune.cli.main import main
 from truetune.errors import AdapterError, ModelError
 from truetune.models import load
+from truetune.recipes.adapter_base import check_base
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +67,15 @@ def test_other_weights_under_the_same_name_are_refused(tiny_model: Path, tmp_pat
     with pytest.raises(AdapterError, match="was trained on other weights"):
         truetune.load_adapter(truetune.load(str(base)), str(adapter))
     truetune.load_adapter(truetune.load(str(base)), str(adapter), allow_other_base=True)
+
+
+def test_a_base_that_is_cut_short_is_no_other_base(tiny_model: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    file = files.read(with_adapter(str(base), tmp_path / "a"))
+    weights = base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ModelError, match="cut off"):
+        check_base(file, str(base), base)
 
 
 def test_a_base_of_the_hub_is_known_by_its_weights(hub: Callable[[str], Path], tmp_path: Path) -> None:

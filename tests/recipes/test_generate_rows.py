@@ -141,7 +141,9 @@ def test_a_row_that_does_not_fit_is_written_with_its_reason(
     ("text", "said"),
     [
         ("", "has no rows"),
-        ("{", "row 1: not valid JSON"),
+        ("{", "row 1: not valid JSON: expecting property name enclosed in double quotes at column 2"),
+        ('[\n{"prompt": "x"}\n]\n', "JSON lines, one row in each, and not one array of them"),
+        ('{"prompt": "x"}\n{"prompt": "caf\udce9"}\n', "row 2: not UTF-8: first invalid byte 0xE9 at file offset 31"),
         ('{"prompt": "x"}\n{"text": "y"}\n', "row 2: no prompt"),
         ("[1]", "row 1: no prompt"),
         ('{"messages": [{"role": "user"}]}', "row 1: no prompt"),
@@ -157,7 +159,7 @@ def test_a_file_that_is_no_list_of_prompts_is_refused(
     text: str, said: str, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")
     assert main(["generate", "--model", str(tiny_model), "--input", str(path), "--output", str(tmp_path / "o")]) == 2
     assert said in " ".join(capsys.readouterr().err.split())
 

@@ -202,6 +202,14 @@ def test_every_key_has_a_line(name: str, tmp_path: Path, capsys: pytest.CaptureF
     assert all(line["ours"] or line["note"] for line in lines)
 
 
+def test_a_hash_in_a_word_of_a_command_is_no_comment(tmp_path: Path) -> None:
+    command = 'swift sft --model m \\\n --dataset a.jsonl#500 b.jsonl --lora_rank 64 --output_dir "# out" # --seed 1\n'
+    (tmp_path / "run.sh").write_text(command, encoding="utf-8")
+    said = read_foreign(tmp_path / "run.sh").said
+    assert (said["dataset"], said["lora_rank"], said["output_dir"]) == (["a.jsonl#500", "b.jsonl"], "64", "# out")
+    assert "seed" not in said
+
+
 def test_what_is_not_taken_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "c.yaml").write_text(LLAMA_FACTORY + "lora_rnak: 9\ntrust_remote_code: true\n", encoding="utf-8")
     kinds = {line["theirs"]: line["kind"] for line in imported(capsys, str(tmp_path / "c.yaml"))["lines"]}

@@ -108,12 +108,13 @@ def test_two_models_with_the_same_weights(tiny_model: Path, tmp_path: Path, ask:
 
 def test_two_data_files_row_by_row(tmp_path: Path, ask: Ask) -> None:
     rows = [{"text": f"row {n}"} for n in range(4)]
-    for name, held in (("a", rows), ("b", [rows[2], rows[0], {"text": "new"}, rows[1], {"text": "newer"}])):
+    for name, held in (("a", rows), ("b", [rows[2], rows[0], {"text": "新"}, rows[1], {"text": "newer"}])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held), encoding="utf-8")
     found = told(ask("--diff", tmp_path / "a.jsonl", tmp_path / "b.jsonl"))
     assert (found["rows"]["a"], found["rows"]["b"]) == (4, 5)
     assert (found["rows only in A"]["a"], found["rows only in B"]["b"]) == (1, 2)
     assert "row 3" in found["rows only in A"]["how"]
+    assert "新" in found["rows only in B"]["how"]  # readable, whatever it is written in
 
 
 def test_a_gguf_and_two_of_them(tiny_model: Path, tmp_path: Path, ask: Ask) -> None:

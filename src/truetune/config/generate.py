@@ -81,7 +81,10 @@ class GenerateConfig(AnswerGroup):
         (), help="what to answer, once or more often; - reads it from standard input", group="dataset"
     )
     input: str | None = option(
-        None, help="a JSONL file with a prompt (or messages) in each row; needs --output", group="dataset", min_length=1
+        None,
+        help="a JSONL file: each row a prompt, an instruction, or messages; needs --output",
+        group="dataset",
+        min_length=1,
     )
     output: str | None = option(
         None,

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from truetune.adapters.names import CARD, CONFIG, PICKLED, WEIGHTS
 from truetune.checkpoint.atomic import sha256
+from truetune.checkpoint.tensors import open_index, weight_files
 from truetune.config.mismatch import Mismatch
 from truetune.errors import AdapterError
 from truetune.models.names import is_local
@@ -41,6 +42,7 @@ def check_base(file: Named, model: str, folder: Path | None, *, allowed: Collect
         allowed: the differences that are meant.
     Raises:
         AdapterError: they differ, and nobody said that this is meant.
+        ModelError: they differ because the base's files are not whole.
     """
     if "base" in allowed:
         return
@@ -50,6 +52,8 @@ def check_base(file: Named, model: str, folder: Path | None, *, allowed: Collect
     way_out = ("way out", "pass the base it was trained on, or --allow-mismatch base if the difference is meant")
     if known and found:
         if found != known:
+            if folder and weight_files(folder):
+                open_index(folder)  # files that are cut short are damaged, and no other weights
             raise AdapterError(
                 f"{file.folder} was trained on other weights than those in {model}",
                 ("trained on", f"{name} ({known[:12]})"),

@@ -12,6 +12,7 @@ from truetune.checkpoint.atomic import sha256, write_text
 from truetune.config.generate import GenerateConfig
 from truetune.data.formats import alpaca
 from truetune.data.formats.checks import RowError
+from truetune.data.read_json import not_utf8, words
 from truetune.data.schema import Message
 from truetune.errors import DataError, OutputError, beside, why_unread
 from truetune.models import load
@@ -76,9 +77,15 @@ def read(path: Path, output: Path, *, setup: str) -> Jobs:
     """
     try:
         lines = path.read_bytes().decode("utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         found = f"--input: {path} can't be read: {why_unread(error)}"
         raise DataError(found, ("did you mean", "" if path.exists() else beside(path))) from None
+    except UnicodeDecodeError as error:
+        row = error.object.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{path}, row {row}: {not_utf8(error.object, error.start)}",
+            ("way out", "if the file is Latin-1: iconv -f latin1 -t utf-8 FILE > NEW"),
+        ) from None
     jobs = [_job(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not jobs:
         raise DataError(f"--input: {path} has no rows", ("expected", '{"prompt": "…"} in each line'))
@@ -89,8 +96,12 @@ def read(path: Path, output: Path, *, setup: str) -> Jobs:
 def _job(path: Path, number: int, line: str) -> Job:
     try:
         row = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{path}, row {number}: not valid JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        array = number == 1 and line.lstrip().startswith("[")
+        raise DataError(
+            f"{path}, row {number}: not valid JSON: {words(error)}",
+            ("expected", "JSON lines, one row in each, and not one array of them" if array else ""),
+        ) from None
     try:
         json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is no text, and can't be written
         return Job(number, row, _turns(row))

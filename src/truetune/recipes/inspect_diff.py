@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -27,6 +28,7 @@ from truetune.recipes.resume import read_settings
 from truetune.train.log import whole_rows
 
 _SHOWN = 40
+_WIDE = 1000  # columns
 _SETTINGS = ("config", "generation_config", "tokenizer_config")
 
 
@@ -203,7 +205,7 @@ def _rows(one: Path, other: Path) -> Iterator[Row]:
     counts = []
     for path in (one, other):
         raw, unreadable = read_rows([str(path)])
-        counts.append((Counter(json.dumps(row.value, sort_keys=True, default=str) for row in raw), len(unreadable)))
+        counts.append((Counter(_text(row.value) for row in raw), len(unreadable)))
     (a, bad_a), (b, bad_b) = counts
     yield from _fields({"rows": a.total(), "unreadable": bad_a}, {"rows": b.total(), "unreadable": bad_b})
     for left, which in ((a - b, 0), (b - a, 1)):
@@ -214,13 +216,18 @@ def _rows(one: Path, other: Path) -> Iterator[Row]:
             yield f"rows only in {'B' if which else 'A'}", told[0], told[1], shown
 
 
+def _text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str, ensure_ascii=False)
+
+
 _LOOKS: Mapping[str, Callable[[Path, Path], Iterator[Row]]] = {
     "run": _runs, "adapter": _adapters, "model": _models, "gguf": _ggufs, "data": _rows,
 }  # fmt: skip
 
 
 def _show(kind: str, one: Path, other: Path, rows: list[Row]) -> None:
-    console = Console(highlight=False, soft_wrap=False)
+    # In a pipe a name stays in one piece, for whoever looks for it there.
+    console = Console(highlight=False, soft_wrap=False, width=None if sys.stdout.isatty() else _WIDE)
     console.print(f"A {one}\nB {other}", markup=False, soft_wrap=True)
     if not rows:
         console.print(f"no difference: the two are the same {kind}")

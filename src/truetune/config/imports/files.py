@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shlex
@@ -111,7 +112,7 @@ def _of_script(path: Path, text: str, program: str) -> Foreign:
 def _flags(path: Path, text: str) -> dict[str, Any]:
     """``--key value``, ``--key=value``, ``--key a b`` and ``--switch``."""
     try:
-        words = shlex.split(text, comments=True)
+        words = _words(text)
     except ValueError as error:
         raise ConfigError(f"{path}: the command line can't be read: {error}") from None
     said: dict[str, Any] = {}
@@ -127,6 +128,23 @@ def _flags(path: Path, text: str) -> dict[str, Any]:
             before = said[key]
             said[key] = word if before is True else [*(before if isinstance(before, list) else [before]), word]
     return said
+
+
+def _words(text: str) -> list[str]:
+    """As a shell has them: a ``#`` begins a comment where it begins a word, and nowhere else (``rows.jsonl#500``).
+
+    Raises:
+        ValueError: a quotation that does not end.
+    """
+    lexer = shlex.shlex(stream := io.StringIO(text), posix=True)
+    lexer.whitespace_split, lexer.commenters = True, ""
+    found: list[str] = []
+    while True:
+        at = stream.tell()
+        word = lexer.get_token()
+        if word is None or text[at:].lstrip().startswith("#"):
+            return found
+        found.append(word)
 
 
 def _devices(text: str) -> int | None:
