@@ -72,14 +72,13 @@ def tokenise(texts: Sequence[tuple[str, Sequence[Span]]], encoder: TextEncoder, 
         texts: each with the spans of its characters that are trained, ascending.
         stops: stop tokens that the tokenizer finds in any text, as they are written.
     """
-    found = _in_parts(texts, encoder, stops, by_words=True) if encoder.by_words else None
-    return found or _in_parts(texts, encoder, stops, by_words=False) or []
+    return _in_parts(texts, encoder, stops, by_words=encoder.by_words)
 
 
 def _in_parts(
     texts: Sequence[tuple[str, Sequence[Span]]], encoder: TextEncoder, stops: Sequence[str], *, by_words: bool
-) -> list[Encoded] | None:
-    """``tokenise``; None if the parts of a text that is checked are not the whole, with seams at lines."""
+) -> list[Encoded]:
+    """``tokenise``, with seams at lines only if ``by_words``, and if the texts that are checked bear that out."""
     parted = [_parted(text, _edges(text, spans), stops, by_words=by_words) for text, spans in texts]
     checked = [len(parts) > 1 and (not by_words or _spot(number)) for number, parts in enumerate(parted)]
     shared = list({part.shared(text) for (text, _), parts in zip(texts, parted, strict=True) for part in parts[1:]})
@@ -96,7 +95,7 @@ def _in_parts(
         own = _own(text, parts, ids, seams)
         if own and whole is not None and [token for _, found in own for token in found[0]] != whole:
             if by_words:  # then the texts that are not checked are not to be trusted either
-                return None
+                return _in_parts(texts, encoder, stops, by_words=False)
             own = None
         if own is None:
             parts = [_Part(0, _edges(text, spans), len(text))]
