@@ -17,12 +17,14 @@ import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's client is imported: no test may reach for the network
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-os.environ["TRUETUNE_CACHE"] = tempfile.mkdtemp(prefix="truetune-tests-")  # no test reads or writes the user's own
-# What the kernels are compiled to is shared by the processes that run the suite together.
-_kernels = Path(tempfile.gettempdir()) / f"truetune-kernels-{os.environ.get('PYTEST_XDIST_TESTRUNUID') or os.getpid()}"
+if "TRUETUNE_TESTS" not in os.environ:  # the first of the processes that run the suite together, and the last to end
+    os.environ["TRUETUNE_TESTS"] = tempfile.mkdtemp(prefix="truetune-tests-")
+    atexit.register(shutil.rmtree, os.environ["TRUETUNE_TESTS"], ignore_errors=True)
+# No test reads or writes the user's own cache; what the kernels are compiled to is shared.
+os.environ["TRUETUNE_CACHE"] = tempfile.mkdtemp(dir=os.environ["TRUETUNE_TESTS"])
+_kernels = Path(os.environ["TRUETUNE_TESTS"]) / "kernels"
 _kernels.mkdir(mode=0o700, exist_ok=True)
 (Path(os.environ["TRUETUNE_CACHE"]) / "native").symlink_to(_kernels)
-atexit.register(shutil.rmtree, os.environ["TRUETUNE_CACHE"], ignore_errors=True)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 CHATML = (

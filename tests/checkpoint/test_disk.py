@@ -1,14 +1,17 @@
-"""Where a folder that is not there yet would be made."""
+"""Where a folder that is not there yet would be made, room that is taken beforehand, and what the system refuses."""
 
+import ctypes
 import errno
 import os
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors import SafetensorError
 
-from truetune.checkpoint.disk import existing, require_space, writing
+from truetune.checkpoint.disk import existing, require_space, reserve, writing
 from truetune.errors import OutputError
 
 
@@ -45,3 +48,33 @@ def test_what_went_wrong_with_reading_is_not_blamed_on_the_disk_that_is_written(
     text = "Error while deserializing header: I/O error: Permission denied (os error 13)"
     with pytest.raises(SafetensorError), writing(tmp_path):
         raise SafetensorError(text)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems take room as a file is written")
+def test_the_blocks_of_a_reserved_file_are_there_before_its_bytes(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("xb") as file:
+        reserve(file.fileno(), 3_000_001)
+        found = os.stat(file.fileno())
+    assert found.st_size == 3_000_001
+    if not found.st_blocks:
+        pytest.skip("this disk takes no blocks beforehand")
+    assert found.st_blocks * 512 >= 3_000_001
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems take room as a file is written")
+@pytest.mark.parametrize(("number", "refused"), [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EOPNOTSUPP, False)])
+def test_a_full_disk_is_found_by_reserving_and_a_disk_that_cannot_is_not_asked_to(
+    number: int, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fallocate(*_: int) -> int:
+        ctypes.set_errno(number)
+        return -1
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: SimpleNamespace(fallocate=fallocate))
+    with (tmp_path / "file").open("xb") as file:
+        if refused:
+            with pytest.raises(OSError, match=re.escape(os.strerror(number))):
+                reserve(file.fileno(), 1000)
+        else:
+            reserve(file.fileno(), 1000)
+            assert os.stat(file.fileno()).st_size == 1000

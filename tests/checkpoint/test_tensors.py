@@ -321,8 +321,30 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
+def test_nobody_else_takes_the_room_that_a_checkpoint_needs(small_disk: Path) -> None:
+    big = torch.ones(200_000)
+    with ShardWriter(small_disk, planned({"w": big})) as writer:  # 0.8 MB into 1 MiB
+        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+            (small_disk / "other").write_bytes(bytes(500_000))
+        writer.write("w", big)
+    assert torch.equal(load(open_index(small_disk)["w"]), big)
+
+
+def test_room_that_goes_between_the_check_and_the_file_is_missed_before_the_first_tensor(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("truetune.checkpoint.shards.require_space", lambda *_: None)
+    halves = {name: torch.ones(200_000) for name in "ab"}
+    with pytest.raises(OutputError, match=r"is full(.|\n)*needed +1,600,\d+ bytes(.|\n)*free +[\d,]+ bytes"):
+        ShardWriter(small_disk, planned(halves), max_shard_bytes=800_000)
+    assert list(small_disk.iterdir()) == []
+
+
 @pytest.mark.parametrize("how", ["write", "write_from"])
-def test_a_disk_that_fills_up_on_the_way_says_so_and_leaves_nothing(small_disk: Path, how: str) -> None:
+def test_a_disk_that_fills_up_on_the_way_says_so_and_leaves_nothing(
+    small_disk: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("truetune.checkpoint.shards.reserve", os.ftruncate)  # as where a disk can't reserve
     big = torch.ones(200_000)
     source = small_disk.parent / "source"
     write_all(source, {"w": big})

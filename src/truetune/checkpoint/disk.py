@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,6 +73,24 @@ def require_space(folder: Path, needed: int) -> None:
     """
     if needed > shutil.disk_usage(existing(folder)).free:
         raise disk_full(folder, needed=needed)
+
+
+def reserve(handle: int, size: int) -> None:
+    """Give an empty file its length, and its blocks where the system can.
+
+    Blocks that are there need not be found at every write, and a disk without room for them says so before the first.
+    The C library's ``posix_fallocate`` is not asked: where a disk can't do it, that one writes the whole file.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    os.ftruncate(handle, size)
+    if sys.platform != "linux" or not size:
+        return
+    fallocate = ctypes.CDLL(None, use_errno=True).fallocate
+    fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    if fallocate(handle, 0, 0, size) and (number := ctypes.get_errno()) in _FULL:
+        raise OSError(number, os.strerror(number))
 
 
 LOCK = ".lock"

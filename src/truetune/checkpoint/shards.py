@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from truetune.checkpoint.bodies import Body, Digest, Fill, Hashing
-from truetune.checkpoint.disk import require_space, sync, writing
+from truetune.checkpoint.disk import require_space, reserve, sync, writing
 from truetune.checkpoint.header import PlannedTensor, TensorEntry, few, header_bytes
 from truetune.checkpoint.tensors import INDEX, SINGLE, reading
 from truetune.errors import OutputError
@@ -86,8 +86,8 @@ class ShardWriter:
         if self._finished is not None:
             self._digests[path] = Digest()
         with self._guard(), path.open("xb", buffering=0) as file:
+            reserve(file.fileno(), offset)
             self._into(path, file, 0).write(header)
-            file.truncate(offset)
 
     def waits_for(self, name: str) -> bool:
         """Whether a planned tensor is still to be written: it is not, in a shard that was kept."""
