@@ -268,7 +268,9 @@ def test_a_whole_weight_reads_the_file_as_often(tmp_path: Path) -> None:
 
 def test_one_file_has_one_share(tmp_path: Path) -> None:
     name = write(tmp_path / "rows.jsonl")
-    with pytest.raises(ConfigError, match=r"is to be taken 0\.5 and 1 times"):
+    with pytest.raises(
+        ConfigError, match=r"is to be taken 0\.5 and 1 times\n  way out +name it once, with =WEIGHT: .*=0\.5"
+    ):
         Intake.of([f"{name}=0.5", name])
 
 

@@ -274,6 +274,11 @@ def test_a_name_that_is_not_there_finds_its_neighbour(tmp_path: Path) -> None:
         read_foreign(tmp_path / "trian.yaml")
 
 
+def test_a_folder_is_no_config(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"is a folder\n  expected +one file"):
+        read_foreign(tmp_path)
+
+
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_every_rule_names_settings_that_we_have(name: str) -> None:
     """Each rule is asked about a few values; what it answers must be fields of ours."""

@@ -50,7 +50,10 @@ class Intake:
             for file in source.files:
                 first = files.setdefault(file, source)
                 if min(first.weight, source.weight) < 1 and first.weight != source.weight:
-                    raise ConfigError(f"--data: {file} is to be taken {first.weight:g} and {source.weight:g} times")
+                    raise ConfigError(
+                        f"--data: {file} is to be taken {first.weight:g} and {source.weight:g} times",
+                        ("way out", f"name it once, with =WEIGHT: {file}={first.weight:g}"),
+                    )
                 if (first.form, first.columns) != (source.form, source.columns):
                     raise ConfigError(f"--data: {file} is named twice, with other formats or columns")
         return cls(files, parse_columns(columns), policies or Policies(), seed)

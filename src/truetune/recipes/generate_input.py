@@ -117,6 +117,8 @@ def _job(path: Path, number: int, line: str) -> Job:
 
 def _turns(row: Any) -> list[Message]:
     """The conversation that is to be answered. Raises RowError, ValueError: there is none."""
+    if isinstance(row, list):
+        raise ValueError("a list of rows: there should be one row a line, and not one array of them")
     if not isinstance(row, dict):
         raise ValueError("no prompt")
     if isinstance(text := row.get("prompt"), str):

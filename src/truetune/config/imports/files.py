@@ -45,6 +45,10 @@ def read_foreign(path: Path, program: str = "auto") -> Foreign:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
+        if path.is_dir():
+            raise ConfigError(
+                f"{path} is a folder", ("expected", "one file: a YAML, a JSON or a shell script")
+            ) from None
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise ConfigError(
             f"{path} can't be read: {error.strerror}", ("did you mean", nearest(path.name, siblings))
