@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import truetune
 from truetune.config.merge import MergeConfig
 from truetune.errors import counted
-from truetune.export.merge import Change, merge_checkpoint
+from truetune.export.merge import Change, MergeReport, merge_checkpoint
 from truetune.export.new_folder import check_out
 from truetune.recipes.adapter_base import Named, identity_of
 from truetune.recipes.artefacts import note_artefact
@@ -55,40 +55,60 @@ def write(work: Work, config: MergeConfig, screen: Screen) -> dict[str, Any]:
     what = counted(len(work.edits), "tensor changes", "tensors change")
     screen.say("merge", f"{' + '.join(config.adapter)} → {work.name}{how}: {what}")
     _say_consequences(work.file, work.config_updates, screen)
-    out = Path(config.out).expanduser()
-    recipe = config.recipe()
+    out, recipe = Path(config.out).expanduser(), config.recipe()
     check_out(work.base, out)
     screen.note(str(ahead := forecast(work.base, out, work.edits, packed=bool(work.drift or recipe))))
-    # A packed base's drift is summed up over all of its layers, so that it starts anew each time.
-    settings = f"{truetune.__version__} {work.onto} {config.how}"
-    identity = "" if recipe or work.drift else identity_of(work.folders, settings)
     dense = out if recipe is None else out.with_name(f".{out.name}.{os.getpid()}.dense")
     with _kept_if_stopped(out, screen), screen.bar("writing") as progress:
-        report = merge_checkpoint(
-            work.base,
-            dense,
-            work.edits,
-            drop=work.drop,
-            config_updates=work.config_updates,
-            extra_files={**work.tokenizer, **extra_files(work.base, work.file)},
-            max_shard_bytes=int(config.max_shard_gb * 1e9),
-            progress=progress,
-            identity=identity,
-        )
+        report = _merged(work, config, dense, progress)
     _say_earlier_attempts(out, report.kept, screen)
     if recipe:
         from truetune.recipes.merge_model import pack
 
         pack(dense, out, recipe, config, screen, drift=work.drift)
+    _say_done(work, config, report, screen)
+    if not config.combines:
+        note_artefact(work.file.folder, out)
+    result = _told(work, config, report) | {
+        "forecast": {"ram_mb": round(ahead.ram_mb, 1), "disk_mb": round(ahead.disk_mb, 1), "seconds": ahead.seconds},
+    }
+    if config.verify:
+        from truetune.recipes.verify import after_merge
+
+        proof = after_merge(str(work.file.folder), config.out, work.name, allow_mismatch=sorted(config.allowed))
+        result |= {"verify": proof["verdict"], "exit_code": proof["exit_code"]}
+    return result
+
+
+def _merged(work: Work, config: MergeConfig, dense: Path, progress: Callable[[int, int], None]) -> MergeReport:
+    """Writes the merged weights and what belongs beside them to ``dense``."""
+    # A packed base's drift is summed up over all of its layers, so that it starts anew each time.
+    starts_anew = config.recipe() or work.drift
+    settings = f"{truetune.__version__} {work.onto} {config.how}"
+    return merge_checkpoint(
+        work.base,
+        dense,
+        work.edits,
+        drop=work.drop,
+        config_updates=work.config_updates,
+        extra_files={**work.tokenizer, **extra_files(work.base, work.file)},
+        max_shard_bytes=int(config.max_shard_gb * 1e9),
+        progress=progress,
+        identity="" if starts_anew else identity_of(work.folders, settings),
+    )
+
+
+def _say_done(work: Work, config: MergeConfig, report: MergeReport, screen: Screen) -> None:
     changed = counted(report.edited + report.added, "tensor")
     screen.say("done", f"{config.out}: {report.nbytes / 1e6:,.0f} MB, {changed} changed, {report.copied} copied as "
                f"they are · peak {peak_mb():,.0f} MB")  # fmt: skip
     if work.drift:
         screen.note(f"the packed layers are within {work.drift.relative:.2%} of the model as it was trained "
                     f"(merged onto the {work.onto} weights)")  # fmt: skip
-    if not config.combines:
-        note_artefact(work.file.folder, out)
-    result = {
+
+
+def _told(work: Work, config: MergeConfig, report: MergeReport) -> dict[str, Any]:
+    return {
         "out": config.out,
         "onto": work.onto,
         "drift": work.drift.relative if work.drift else None,
@@ -97,15 +117,8 @@ def write(work: Work, config: MergeConfig, screen: Screen) -> dict[str, Any]:
         "copied": report.copied,
         "bytes": report.nbytes,
         "peak_mb": round(peak_mb(), 1),
-        "forecast": {"ram_mb": round(ahead.ram_mb, 1), "disk_mb": round(ahead.disk_mb, 1), "seconds": ahead.seconds},
         "kept": report.kept,
     }
-    if config.verify:
-        from truetune.recipes.verify import after_merge
-
-        proof = after_merge(str(work.file.folder), config.out, work.name, allow_mismatch=sorted(config.allowed))
-        result |= {"verify": proof["verdict"], "exit_code": proof["exit_code"]}
-    return result
 
 
 def _say_consequences(file: Named, changed: Mapping[str, Any], screen: Screen) -> None:
