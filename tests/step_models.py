@@ -6,7 +6,8 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from truetune.data.schema import Origin, TokenSet
+from truetune.data.schema import Origin
+from truetune.data.token_set import TokenSet
 
 VOCAB = 97
 LENGTHS = (3, 40, 7, 25, 12, 60, 5, 31)

@@ -24,7 +24,8 @@ from truetune.config.adapter import AdapterConfig
 from truetune.config.lora import LoRA
 from truetune.config.methods import METHODS
 from truetune.data.plan import StepPlan
-from truetune.data.schema import Origin, TokenSet
+from truetune.data.schema import Origin
+from truetune.data.token_set import TokenSet
 from truetune.models.forward import Path as Way
 from truetune.models.forward import prepared
 from truetune.models.precision import Precision, choose_precision

@@ -287,3 +287,11 @@ def test_an_adapter_that_is_not_finite_is_refused_by_the_tensors_name(saved: Pat
     save_file(tensors, saved / files.WEIGHTS)
     with pytest.raises(AdapterError, match=rf"holds NaN or infinity in {re.escape(name)}"):
         files.read(saved)
+
+
+def test_whole_numbers_are_no_factors(saved: Path) -> None:
+    tensors = load_file(saved / files.WEIGHTS)
+    name = sorted(tensors)[1]
+    save_file(tensors | {name: tensors[name].int()}, saved / files.WEIGHTS)
+    with pytest.raises(AdapterError, match=rf"holds int32 in {re.escape(name)}"):
+        files.read(saved)

@@ -16,7 +16,7 @@ from torch import Tensor
 import truetune
 from families import FAMILIES, VOCAB
 from truetune.data.pack import Batch, collate
-from truetune.data.schema import TokenSet
+from truetune.data.token_set import TokenSet
 from truetune.models import forward
 from truetune.models.survey import survey
 from truetune.optim.adamw import adamw

@@ -1,8 +1,12 @@
 """Folders and files that exist whole or not at all."""
 
+import os
+import stat
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from truetune.checkpoint.atomic import MANIFEST, atomic_folder, faults, is_valid, write_text
 
@@ -23,6 +27,18 @@ def fail_half_way(path: Path, error: BaseException) -> None:
 
 def test_a_finished_folder_is_valid(tmp_path: Path) -> None:
     assert faults(saved(tmp_path / "x")) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="rights are POSIX's")
+def test_files_have_the_rights_of_their_folder_whoever_wrote_them(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        with atomic_folder(tmp_path / "x") as folder:
+            (folder / "deep").mkdir()
+            save_file({"w": torch.zeros(2)}, folder / "deep" / "w.safetensors")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "x" / "deep" / "w.safetensors").stat().st_mode) == 0o640
 
 
 def test_a_failure_inside_leaves_nothing(tmp_path: Path) -> None:

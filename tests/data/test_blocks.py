@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from truetune.data.blocks import cut_into_blocks
 from truetune.data.pack import collate
-from truetune.data.schema import Origin, TokenSet
+from truetune.data.schema import Origin
+from truetune.data.token_set import TokenSet
 
 
 def documents(sizes: list[int]) -> TokenSet:

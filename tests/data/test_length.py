@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from truetune.data import schema
 from truetune.data.length import OnOverlong, limit_lengths, truncation
 from truetune.data.rejects import EXCERPT
-from truetune.data.schema import Origin, TokenSet
+from truetune.data.schema import Origin
+from truetune.data.token_set import TokenSet
 from truetune.errors import DataError
 
 

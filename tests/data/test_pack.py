@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from truetune.data.pack import collate, group
-from truetune.data.schema import Origin, TokenSet
+from truetune.data.schema import Origin
+from truetune.data.token_set import TokenSet
 
 lengths = st.lists(st.integers(1, 50), max_size=60)
 both = pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from truetune.data import plan as plans
 from truetune.data.plan import StepPlan, sequential_batches
-from truetune.data.schema import Origin, TokenSet
+from truetune.data.schema import Origin
+from truetune.data.token_set import TokenSet
 from truetune.ops.rng import token_keys
 
 

@@ -15,8 +15,9 @@ from conftest import CHATML, SHARED
 from truetune.config.sft import SFTConfig
 from truetune.data.length import limit_lengths, truncation
 from truetune.data.mask import TrainOn, encode_rows
-from truetune.data.schema import Message, Origin, Row, TokenSet
+from truetune.data.schema import Message, Origin, Row
 from truetune.data.template import Template
+from truetune.data.token_set import TokenSet
 from truetune.models.tokenizer import ChatTokenizer
 from truetune.recipes.data import prepare_sft
 from truetune.train.log import Screen

@@ -6,8 +6,9 @@ import pytest
 
 from truetune.data import schema
 from truetune.data.length import limit_lengths, truncation
-from truetune.data.schema import Origin, TokenSet
+from truetune.data.schema import Origin
 from truetune.data.shards import write_set
+from truetune.data.token_set import TokenSet
 
 NAMES = ["b.jsonl", "a.jsonl"]
 

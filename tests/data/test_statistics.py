@@ -10,8 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from truetune.data import schema
 from truetune.data.pack import group
-from truetune.data.schema import Origin, TokenSet
+from truetune.data.schema import Origin
 from truetune.data.statistics import fill_rate, histogram, length_facts, near_empty, tally, token_facts, trained_per_row
+from truetune.data.token_set import TokenSet
 
 flags = st.lists(st.lists(st.booleans(), max_size=12), max_size=20)
 

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from truetune.data import token_cache
 from truetune.data.rejects import Rejects
-from truetune.data.schema import Origin, Reject, TokenSet
+from truetune.data.schema import Origin, Reject
 from truetune.data.token_cache import key_of, through_cache
 from truetune.data.token_files import Tokenised
+from truetune.data.token_set import TokenSet
 
 KEY = "0" * 64
 
@@ -213,7 +214,8 @@ def test_a_disk_that_is_nearly_full_is_left_alone(folder: Path, monkeypatch: pyt
 HAMMER = """
 import sys
 from truetune.data.rejects import Rejects
-from truetune.data.schema import Origin, TokenSet
+from truetune.data.schema import Origin
+from truetune.data.token_set import TokenSet
 from truetune.data.token_cache import through_cache
 from truetune.data.token_files import Tokenised
 train = TokenSet.from_lists([[1, 2]] * 500, [[False, True]] * 500, [Origin("a", 1)] * 500)

@@ -110,9 +110,11 @@ def test_an_adapter_in_bf16_is_the_same_numbers(tmp_path: Path) -> None:
     both_ways(tmp_path)
 
 
-def test_no_torch_is_imported(tmp_path: Path) -> None:
+@pytest.mark.parametrize("template", ["own", "alpaca"])
+def test_no_torch_is_imported(template: str, tmp_path: Path) -> None:
     """Nor numpy, nor transformers: they are most of what a merge used to cost."""
-    make(tmp_path, template={"name": "own", "source": "", "sha256": ""}, base={"name": str(tmp_path / "base")})
+    card = {"template": {"name": template, "source": "{{ messages }}", "sha256": ""}, "system": "Be brief."}
+    make(tmp_path, **card, base={"name": str(tmp_path / "base")})
     script = (
         "import sys; from truetune.cli.main import main; code = main(sys.argv[1:]); "
         "print([name for name in ('torch', 'numpy', 'transformers', 'jinja2') if name in sys.modules]); sys.exit(code)"

@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from truetune.data.schema import Message
 from truetune.data.template import Template
 from truetune.data.templates import BUILT_IN
 from truetune.errors import TemplateError
-from truetune.export.ollama import GoTemplate, go_template, modelfile
+from truetune.export.modelfile import Modelfile
+from truetune.export.ollama import go_template
 from truetune.models.tokenizer import ChatTokenizer
 
 CONVERSATIONS: list[tuple[str | None, Sequence[str], Sequence[str]]] = [
@@ -149,11 +151,52 @@ def test_a_template_that_strips_says_so(encoder: ChatTokenizer) -> None:
     assert any("strips blanks" in remark for remark in go_template(Template("odd", source), encoder).remarks)
 
 
+TRAINED = Modelfile(
+    "./m.gguf", "T {{ .Prompt }}\n", adapter="./a.gguf", system="Be kind.", stops=("</s>", "</s>", "<e>")
+)
+
+
 def test_a_modelfile_has_all_its_parts() -> None:
-    text = modelfile(GoTemplate("T"), "./m.gguf", adapter="./a.gguf", system="Be kind.", stops=("</s>", "</s>", "<e>"))
-    assert text.splitlines() == [
-        "FROM ./m.gguf", "ADAPTER ./a.gguf", 'TEMPLATE """T"""', 'SYSTEM """Be kind."""',
+    assert TRAINED.text().splitlines() == [
+        "FROM ./m.gguf", "ADAPTER ./a.gguf", 'TEMPLATE """T {{ .Prompt }}', '"""', 'SYSTEM """Be kind."""',
         'PARAMETER stop """</s>"""', 'PARAMETER stop """<e>"""',
     ]  # fmt: skip
     with pytest.raises(TemplateError, match="quotation marks"):
-        modelfile(GoTemplate('say """ aloud'), "./m.gguf")
+        Modelfile("./m.gguf", 'say """ aloud').text()
+
+
+def test_a_modelfile_is_read_as_it_was_written() -> None:
+    read = Modelfile.of(TRAINED.text())
+    assert read == replace(TRAINED, stops=("</s>", "<e>"))
+    assert read.differences(TRAINED) == []
+
+
+def test_a_modelfile_by_hand_is_read_as_ollama_reads_it() -> None:
+    """Small letters, comments, single quotation marks, lines inside a text that look like instructions."""
+    text = '''# FROM ./other.gguf
+from ./m.gguf
+PARAMETER temperature 0.2
+TEMPLATE """first"""
+TEMPLATE """{{ .Prompt }}
+SYSTEM is no instruction here
+"""
+PARAMETER  stop  "<|e|>"
+MESSAGE user TEMPLATE x
+'''
+    expected = Modelfile("./m.gguf", "{{ .Prompt }}\nSYSTEM is no instruction here\n", stops=("<|e|>",))
+    assert Modelfile.of(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"template": None}, "has no TEMPLATE"),
+        ({"template": "T {{ .Prompt }}!\n"}, r"TEMPLATE is not what trained: .*!.*, and was "),
+        ({"system": None}, "SYSTEM is none, and was 'Be kind.'"),
+        ({"system": "Be rude."}, "SYSTEM is 'Be rude.', and was 'Be kind.'"),
+        ({"stops": ("</s>", "<e>", ".")}, r"would end at '\.'"),
+    ],
+)
+def test_what_a_modelfile_words_otherwise_is_said(change: dict[str, Any], words: str) -> None:
+    (said,) = Modelfile.of(replace(TRAINED, **change).text()).differences(TRAINED)
+    assert re.search(words, said)

@@ -16,9 +16,9 @@ import torch
 
 from truetune.config.sft import PretrainConfig, SFTConfig
 from truetune.data import read_blocks, shards_pool
-from truetune.data.schema import TokenSet
 from truetune.data.shards import MappedSet
 from truetune.data.shards_made import ShardMaker
+from truetune.data.token_set import TokenSet
 from truetune.errors import TruetuneError
 from truetune.models.tokenizer import ChatTokenizer
 from truetune.recipes import data as recipe

@@ -19,10 +19,11 @@ from peft_peer import unwarned
 from proof_runs import facts as proof
 from training_runs import cut_after, differences, run_sft
 from truetune.adapters import files
+from truetune.config.export import ExportConfig
 from truetune.config.generate import GenerateConfig
 from truetune.config.resolve import resolve
 from truetune.errors import AdapterError, CheckpointError, ConfigError, TruetuneError
-from truetune.recipes import generate, inspect
+from truetune.recipes import export, generate, inspect
 
 TOKENS = ("<tool>", "</tool>")
 PROMPT = "Call it"
@@ -113,6 +114,19 @@ def test_a_run_that_grew_its_table_is_proven(trained: tuple[Path, Path], tmp_pat
     tt.merge(str(base), str(run / "adapter"), str(tmp_path / "merged"))
     found = proof(run, tmp_path / "merged")
     assert (found["exit_code"], len(found["artefacts"])) == (0, 2)
+
+
+def test_what_servers_take_of_it_has_a_base_that_knows_them(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    """The rows go into a base of their own, and its adapter brings no token any more."""
+    out = tmp_path / "served"
+    flags = {"adapter": str(trained[1] / "adapter"), "to": "peft-serving", "out": str(out)}
+    export.run(resolve(ExportConfig, file=None, flags=flags))
+    found = proof(trained[1], out)
+    assert [row["verdict"] for row in found["artefacts"]] == ["faithful", "faithful"]
+    said = generate.run(resolve(GenerateConfig, file=None, flags={
+        "model": str(out / "base"), "adapter": str(out / "adapter"), "prompt": PROMPT, "max_new_tokens": 4,
+    }))  # fmt: skip
+    assert said["text"].startswith("<tool></tool><tool>")
 
 
 def test_a_resumed_run_is_the_same_to_the_bit(trained: tuple[Path, Path], rows: Path, tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 import torch
 
 from truetune.data.plan import StepPlan
-from truetune.data.schema import Origin, TokenSet
+from truetune.data.schema import Origin
+from truetune.data.token_set import TokenSet
 from truetune.recipes import plan_report
 
 

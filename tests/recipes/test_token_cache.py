@@ -15,7 +15,7 @@ from truetune.cli.main import main
 from truetune.config.options import group_of
 from truetune.config.sft import PretrainConfig, SFTConfig
 from truetune.data import token_cache
-from truetune.data.schema import TokenSet
+from truetune.data.token_set import TokenSet
 from truetune.errors import TruetuneError
 from truetune.models.tokenizer import ChatTokenizer
 from truetune.recipes.data import Prepared, prepare_pretrain, prepare_sft

@@ -63,6 +63,18 @@ def test_drift_is_exit_code_1_and_named(
     assert out.count("drift") == 1
 
 
+def test_a_verdict_that_can_t_be_kept_is_told_all_the_same(
+    run: Path, merged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moved = copy_of(run, tmp_path / "run")
+    (moved / "verify.json").unlink(missing_ok=True)
+    (moved / "verify.json").mkdir()  # which no file replaces
+    assert facts(moved, merged)["exit_code"] == 0
+    said = capsys.readouterr()
+    assert "the result is not kept in" in said.err
+    assert "the same" in said.out
+
+
 def test_an_adapter_alone_needs_the_reference_of_its_run(run: Path, tmp_path: Path) -> None:
     moved = copy_of(run / "adapter", tmp_path / "moved")
     with pytest.raises(CheckpointError, match=r"without the prompts it was trained on(.|\n)*--reference"):

@@ -55,6 +55,18 @@ def test_another_template(run: Path, merged: Path) -> None:
     assert why == "8 of 8 prompts become other tokens than those that were trained"
 
 
+def test_tokens_that_changed_places_where_no_prompt_has_them(run: Path, merged: Path) -> None:
+    tokenizer = json.loads((merged / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    rare = [token for token, number in vocabulary.items() if number in (0, 1)]  # control characters
+    vocabulary[rare[0]], vocabulary[rare[1]] = vocabulary[rare[1]], vocabulary[rare[0]]
+    (merged / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    found = row_of(facts(run, merged), merged)
+    assert found["prompts"] == [8, 8]
+    assert found["verdict"] == "drift"
+    assert "2 tokens have other ids, such as" in " | ".join(found["reasons"])
+
+
 def test_a_stop_token_that_is_missing(run: Path, merged: Path) -> None:
     settings = json.loads((merged / "generation_config.json").read_text(encoding="utf-8"))
     assert settings["eos_token_id"] == [256, 258]

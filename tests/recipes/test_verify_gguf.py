@@ -96,6 +96,39 @@ def test_a_copy_with_nothing_changed_is_found_the_same(run: Path, whole: Path, t
     assert verdict(run, rewritten(whole, tmp_path / "copy.gguf")) == ("faithful", "")
 
 
+MODELFILES: dict[str, tuple[str, str, str]] = {
+    "another template": ("<|im_start|>assistant", "<|im_start|>model", "TEMPLATE is not what trained: '"),
+    "no template": ("TEMPLATE ", "# TEMPLATE ", "the Modelfile has no TEMPLATE"),
+    "a system message": ("PARAMETER stop", 'SYSTEM "Be rude."\nPARAMETER stop', "SYSTEM is 'Be rude.', and was none"),
+    "a stop that nothing taught": ("PARAMETER stop", 'PARAMETER stop "e"\nPARAMETER stop', "answers would end at 'e'"),
+    "no adapter": ("ADAPTER ./adapter.gguf\n", "", "the training is not in it"),
+    "a model that is not there": ("FROM ./model.gguf", "FROM ./modle.gguf", "that is no file here"),
+}
+
+
+@pytest.mark.parametrize("what", MODELFILES)
+def test_a_modelfile_that_says_something_else_is_found(what: str, run: Path, tmp_path: Path) -> None:
+    old, new, said = MODELFILES[what]
+    written(tmp_path / "out", adapter=str(run), to="ollama", as_adapter=True)
+    path = tmp_path / "out" / "Modelfile"
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new, 1), encoding="utf-8")
+    says, why = verdict(run, tmp_path / "out")
+    assert says == "drift"
+    assert said in why
+
+
+def test_ollama_opens_prompts_by_the_file_and_not_by_the_template(run: Path, tmp_path: Path) -> None:
+    written(tmp_path / "out", adapter=str(run), to="ollama")
+    model = tmp_path / "out" / "model.gguf"
+    keys = {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.bos_token_id": 257}
+    rewritten(model, tmp_path / "wrong.gguf", keys=keys).replace(model)
+    says, why = verdict(run, tmp_path / "out")
+    assert says == "drift"
+    assert "Ollama would put '<|im_start|>' in front of every prompt, and training put nothing" in why
+
+
 def test_queries_in_transformers_order(run: Path, whole: Path, tmp_path: Path) -> None:
     """llama.cpp rotates neighbours: who forgets to put the rows in order writes a file that loads, and babbles."""
     merged = load_file(run.parent / "merged" / "model.safetensors")
@@ -119,6 +152,9 @@ def test_a_stop_token_that_no_key_names(tiny_model: Path, tmp_path: Path) -> Non
     says, why = verdict(run, wrong)
     assert says == "drift"
     assert "an answer no longer ends at <fin>" in why
+    written(tmp_path / "out", adapter=str(run), to="ollama")
+    wrong.replace(tmp_path / "out" / "model.gguf")
+    assert verdict(run, tmp_path / "out") == ("faithful", "")  # its Modelfile still names the text
 
 
 def test_the_base_without_the_training(run: Path, tiny_model: Path, tmp_path: Path) -> None:

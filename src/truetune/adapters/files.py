@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from truetune.adapters.beneath import lay
-from truetune.adapters.folder import check_finite, digest, no_adapter, read_json, read_pickle, write_json
+from truetune.adapters.folder import check_values, digest, no_adapter, read_json, read_pickle, write_json
 from truetune.adapters.inject import Attachment, attach, attach_rows, attachment, detach, tied_paths
 from truetune.adapters.methods import module_of
 from truetune.adapters.names import CARD as CARD
@@ -114,7 +114,7 @@ def read(folder: Path, *, mapped: bool = True) -> AdapterFile:
         tensors = read_pickle(folder / PICKLED)
     else:
         raise AdapterError(f"{folder} has no {WEIGHTS}")
-    check_finite(folder, tensors)
+    check_values(folder, tensors)
     return AdapterFile(folder, config, tensors, card, _beneath(folder, config, card, mapped=mapped))
 
 

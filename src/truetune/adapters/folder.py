@@ -46,9 +46,12 @@ def no_adapter(folder: Path) -> AdapterError:
     return AdapterError(f"{folder} is no adapter: it has no {CONFIG}", ("way out", way_out))
 
 
-def check_finite(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse an adapter that makes every answer NaN. Raises AdapterError, with the tensor's name."""
+def check_values(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse an adapter that is no factors, or makes every answer NaN. Raises AdapterError, with the tensor's name."""
     for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise AdapterError(f"{folder} holds {kind} in {name}", ("expected", "float32, bfloat16 or float16"))
         if not are_finite(tensor):
             raise AdapterError(
                 f"{folder} holds NaN or infinity in {name}",

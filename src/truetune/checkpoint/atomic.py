@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -37,6 +38,7 @@ def atomic_folder(path: Path, *, manifest: bool = True) -> Iterator[Path]:
             if manifest:
                 files = [path for path in temporary.rglob("*") if path.is_file()]
                 write_manifest(temporary, {p.relative_to(temporary).as_posix(): sha256(p) for p in files})
+            _open_to_readers(temporary)
             _sync_tree(temporary)
             _put_in_place(temporary, path)
     finally:
@@ -89,6 +91,14 @@ def write_manifest(folder: Path, digests: Mapping[str, str]) -> None:
     """Write ``MANIFEST.json``: size and SHA-256 by name, of files whose digests are known."""
     listed = {n: {"size": (folder / n).stat().st_size, "sha256": digest} for n, digest in sorted(digests.items())}
     (folder / MANIFEST).write_text(json.dumps({"files": listed}, indent=1), encoding="utf-8")
+
+
+def _open_to_readers(folder: Path) -> None:
+    """Give every file the rights that its folder was made with: safetensors keeps what it writes to the owner alone."""
+    rights = stat.S_IMODE(folder.stat().st_mode) & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file() and os.name == "posix":
+            path.chmod(rights)
 
 
 def _sync_tree(folder: Path) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from truetune.data.schema import Origin, TokenSet
+from truetune.data.schema import Origin
+from truetune.data.token_set import TokenSet
 
 _AT_ONCE = 2048  # blocks that are in memory together, where the documents are in files
 

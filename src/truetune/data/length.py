@@ -8,7 +8,8 @@ from typing import Literal
 from torch import Tensor
 
 from truetune.data.rejects import EXCERPT, excerpt
-from truetune.data.schema import Reject, TokenSet
+from truetune.data.schema import Reject
+from truetune.data.token_set import TokenSet
 from truetune.errors import DataError
 
 OnOverlong = Literal["auto", "error", "drop", "truncate"]

@@ -18,8 +18,9 @@ from typing import Literal
 from truetune.data.answers import Say, answer_spans
 from truetune.data.borders import Encoded, tokenise
 from truetune.data.left_out import Text, left_out
-from truetune.data.schema import Message, Reject, Row, TokenSet
+from truetune.data.schema import Message, Reject, Row
 from truetune.data.template import Template, TextEncoder
+from truetune.data.token_set import TokenSet
 from truetune.errors import TemplateError
 
 TrainOn = Literal["assistant", "last", "all"]

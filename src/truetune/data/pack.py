@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from truetune.data.schema import TokenSet
+from truetune.data.token_set import TokenSet
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from truetune.data.pack import Batch, collate, group
-from truetune.data.schema import TokenSet
+from truetune.data.token_set import TokenSet
 from truetune.ops.rng import Shuffle, order, token_keys
 
 _GROUPED = 1 << 16  # examples that batches are made of together: as lists, all of them may be more than memory has

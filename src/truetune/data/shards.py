@@ -18,7 +18,8 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from truetune.data.schema import Origin, TokenSet
+from truetune.data.schema import Origin
+from truetune.data.token_set import TokenSet
 
 PARTS = {
     "tokens": torch.int32,

@@ -20,9 +20,10 @@ from truetune.data.near import Sketches
 from truetune.data.policy import drops
 from truetune.data.read_blocks import Block
 from truetune.data.rejects import Rejects
-from truetune.data.schema import Origin, Reject, Row, TokenSet
+from truetune.data.schema import Origin, Reject, Row
 from truetune.data.split import content_key, held_out
 from truetune.data.token_files import load_whole, save_whole
+from truetune.data.token_set import TokenSet
 
 Parse = Callable[..., tuple[list[Row], list[Reject]]]  # as ``formats.parse_rows`` with its settings filled in
 Encode = Callable[[Sequence[Row]], tuple[TokenSet, list[Reject]]]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from truetune.data.pack import bins_needed
-from truetune.data.schema import TokenSet
+from truetune.data.token_set import TokenSet
 
 NEAR_EMPTY = 3  # trained tokens, the stop token counted: an answer of a word or two
 _BARS = 14

@@ -22,8 +22,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from truetune.data.rejects import Rejects
-from truetune.data.schema import Origin, Reject, TokenSet
+from truetune.data.schema import Origin, Reject
 from truetune.data.shards import PARTS, MappedSet, Origins, file_digest, open_set
+from truetune.data.token_set import TokenSet
 
 _OF_ROWS = ("files", "rows")  # parts of a set that its digest does not cover
 _REST = "rest.safetensors"

@@ -5,7 +5,7 @@ From these texts a form is read off: a beginning, the same words around every an
 where a system message goes. The form is then held against other conversations; a template that words one of them
 differently has more in it than the form can say, and is refused.
 
-https://github.com/ollama/ollama/blob/main/docs/template.md, …/docs/modelfile.md
+https://github.com/ollama/ollama/blob/main/docs/template.md
 """
 
 from __future__ import annotations
@@ -73,39 +73,6 @@ def go_template(template: Template, encoder: TextEncoder) -> GoTemplate:
     if f"  {_QUESTIONS[0]}  " not in spaced:
         remarks.append("the template strips blanks around a message, and Ollama passes them on as they are")
     return GoTemplate(_in_go(bare, told), tuple(remarks))
-
-
-def modelfile(
-    template: GoTemplate,
-    model: str,
-    *,
-    adapter: str | None = None,
-    system: str | None = None,
-    stops: Sequence[str] = (),
-) -> str:
-    """The whole Modelfile.
-
-    Args:
-        model, adapter: paths of GGUF files, as seen from the Modelfile.
-        system: the message for conversations that bring none.
-        stops: texts that end an answer.
-    Raises:
-        TemplateError: a text that a Modelfile has no way to quote.
-    """
-    lines = [f"FROM {model}"] + ([f"ADAPTER {adapter}"] if adapter else [])
-    lines.append(f"TEMPLATE {_quoted(template.text, 'template')}")
-    lines += [f"SYSTEM {_quoted(system, 'system message')}"] if system else []
-    lines += [f"PARAMETER stop {_quoted(text, 'stop text')}" for text in dict.fromkeys(stops) if text]
-    return "\n".join(lines) + "\n"
-
-
-def _quoted(text: str, what: str) -> str:
-    if '"""' in text or text.endswith('"'):
-        raise TemplateError(
-            f'the {what} has quotation marks in it that a Modelfile can\'t hold (""")',
-            ("way out", "--to gguf, which keeps the Jinja template, and a Modelfile written by hand"),
-        )
-    return f'"""{text}"""'
 
 
 def _rendered(

@@ -94,6 +94,14 @@ class ChatTokenizer:
         ids = {token: number for token, number in self.hf.get_vocab().items() if token not in self.added}
         return hashlib.sha256("\0".join(sorted(ids, key=ids.__getitem__)).encode()).hexdigest()
 
+    @property
+    def rules(self) -> tuple[Any, Any]:
+        """How pieces of text are joined: merges in their order, and the scores of pieces; None where there are none."""
+        backend = getattr(self.hf, "backend_tokenizer", None)
+        model = json.loads(backend.to_str())["model"] if backend is not None else {}
+        pieces = model.get("vocab")
+        return model.get("merges"), pieces if isinstance(pieces, list) else None
+
     def _adds_bos(self) -> bool:
         ids = self.hf("a", add_special_tokens=True)["input_ids"]
         return self.hf.bos_token_id is not None and ids[:1] == [self.hf.bos_token_id]

@@ -14,13 +14,13 @@ from truetune.config.options import group_of
 from truetune.config.sft import PretrainConfig, SFTConfig, TrainConfig
 from truetune.data.compressed import PACKINGS
 from truetune.data.rejects import Rejects
-from truetune.data.schema import TokenSet
 from truetune.data.shards import MappedSet
 from truetune.data.sources import find_files, find_sources, passed_over
 from truetune.data.standard_input import path_of
 from truetune.data.template import Template
 from truetune.data.token_cache import key_of, through_cache
 from truetune.data.token_files import Tokenised
+from truetune.data.token_set import TokenSet
 from truetune.errors import DataError, TemplateError
 from truetune.models.tokenizer import ChatTokenizer
 from truetune.recipes.tokenise import Told

@@ -9,6 +9,7 @@ import yaml
 
 from truetune.adapters import files
 from truetune.checkpoint.atomic import write_text
+from truetune.checkpoint.disk import writing
 from truetune.config.export import ExportConfig
 from truetune.errors import OutputError
 from truetune.export.card import Subject, model_card
@@ -30,8 +31,9 @@ def run(config: ExportConfig, source: Source, screen: Screen) -> dict[str, Any]:
         raise OutputError(f"--out: {out} is a file", ("expected", f"a folder, which gets a {NAME}"))
     if (out / NAME).exists():
         raise OutputError(f"{out / NAME} is there already", ("way out", "move it away, or --out with another folder"))
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(out / NAME, model_card(_subject(config, source, out)))
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / NAME, model_card(_subject(config, source, out)))
     screen.say("card", str(out / NAME))
     if not source.card:
         screen.note(f"there is no {files.CARD} beside the weights: the card tells neither data nor results")

@@ -11,7 +11,7 @@ from truetune.checkpoint.tensors import open_index
 from truetune.config.export import ExportConfig
 from truetune.data.template import Template
 from truetune.errors import OutputError, counted
-from truetune.export import gguf, gguf_tensors, ollama
+from truetune.export import gguf, gguf_tensors, modelfile
 from truetune.export.gguf_arch import Arch, Value, arch_of, hyperparameters, window_left_out
 from truetune.export.gguf_cuts import check_tokenizer, left_out
 from truetune.export.new_folder import check_out
@@ -20,7 +20,7 @@ from truetune.models import load
 from truetune.models.tokenizer import ChatTokenizer
 from truetune.recipes.artefacts import note_artefact
 from truetune.recipes.export_source import Source, merged_folder, template_of
-from truetune.recipes.gguf_words import core_of, stops_of, words_of
+from truetune.recipes.gguf_words import core_of, modelfile_of, words_of
 from truetune.train.log import Screen
 
 
@@ -46,19 +46,19 @@ def run(config: ExportConfig, source: Source, screen: Screen) -> dict[str, Any]:
         words = _modelfile(config, source, tokenizer, template, screen) if config.to == "ollama" else None
         with contextlib.ExitStack() as undo:
             if config.as_adapter:
-                path = out if single else out / "adapter.gguf"
+                path = out if single else out / modelfile.ADAPTER
                 made |= {"adapter": str(path), **_write_adapter(config, source, folder, path, screen)}
                 undo.callback(path.unlink)  # one without the other is nothing that was asked for
             if with_model:
-                path = out if single else out / "model.gguf"
+                path = out if single else out / modelfile.MODEL
                 made |= {"model": str(path), **_write_model(config, source, folder, path, tokenizer, template, screen)}
             undo.pop_all()
     if config.template == "auto":  # else it words prompts otherwise on purpose
         note_artefact(source.folder, out if config.to == "ollama" else path)
     if words is not None:
-        write_text(out / "Modelfile", words)
+        write_text(out / modelfile.FILE, words)
         screen.note(f"ollama create NAME -f {out / 'Modelfile'}")
-        made["modelfile"] = str(out / "Modelfile")
+        made["modelfile"] = str(out / modelfile.FILE)
     return made
 
 
@@ -122,15 +122,8 @@ def _name(source: Source) -> str:
 def _modelfile(
     config: ExportConfig, source: Source, tokenizer: ChatTokenizer, template: Template | None, screen: Screen
 ) -> str:
-    """The Modelfile's text.
-
-    Raises:
-        TemplateError: a template that can't be said in Ollama's language.
-    """
     system = config.system if config.system is not None else source.card.get("system")
-    go = ollama.go_template(template, tokenizer) if template else ollama.BARE
-    for remark in go.remarks:
+    made, remarks = modelfile_of(tokenizer, template, source.card, system=system, adapter=config.as_adapter)
+    for remark in remarks:
         screen.note(remark)
-    stops = [tokenizer.decode([number]) for number in stops_of(tokenizer, source.card)]
-    adapter = "./adapter.gguf" if config.as_adapter else None
-    return ollama.modelfile(go, "./model.gguf", adapter=adapter, system=system, stops=stops)
+    return made.text()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from truetune.adapters import files
+from truetune.adapters import files, vocabulary
 from truetune.checkpoint.atomic import atomic_folder
 from truetune.config.export import ExportConfig
 from truetune.config.methods import METHODS
@@ -14,6 +15,7 @@ from truetune.errors import counted
 from truetune.export.new_folder import check_out
 from truetune.export.serving import Served, check_servable, serving
 from truetune.models import load
+from truetune.models.tokenizer import ChatTokenizer
 from truetune.recipes.artefacts import note_artefact
 from truetune.recipes.export_source import Source, fold_into
 from truetune.train.log import Screen
@@ -56,11 +58,18 @@ def _write_adapter(file: files.AdapterFile, served: Served, where: Path, base: P
     if base is not None:
         settings["base_model_name_or_path"] = str(base.resolve())
     with atomic_folder(where, manifest=False) as folder:
-        # The card says which base and which template; a base that was changed is not the one it names.
-        card = {**file.card, "base": {**(file.card.get("base") or {}), "name": str(base.resolve())}} if base else {}
-        if base and card["base"].pop("weights_sha256", None):
-            card["base"]["weights_sha256"] = load.weight_hash(base)
-        files.write(dataclasses.replace(file, config=settings, tensors=served.tensors, card=card or file.card), folder)
+        card = _card_for(base, file.card) if base else file.card
+        files.write(dataclasses.replace(file, config=settings, tensors=served.tensors, card=card), folder)
+
+
+def _card_for(base: Path, card: Mapping[str, Any]) -> dict[str, Any]:
+    """A card says which base it is for, and that is a new one: with other weights, and new tokens in its tokenizer."""
+    told = {**(card.get("base") or {}), "name": str(base.resolve())}
+    if "weights_sha256" in told:
+        told["weights_sha256"] = load.weight_hash(base)
+    if "vocabulary_sha256" in told:
+        told["vocabulary_sha256"] = ChatTokenizer.load(str(base)).vocabulary_hash
+    return {key: value for key, value in card.items() if key != vocabulary.KEY} | {"base": told}
 
 
 def _tell(served: Served, where: Path | None, base: Path | None, source: Source, screen: Screen) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from truetune.adapters import files
-from truetune.checkpoint.disk import existing
+from truetune.checkpoint.disk import existing, writing
 from truetune.checkpoint.tensors import name_in_checkpoint, open_index
 from truetune.config.export import ExportConfig
 from truetune.config.merge import MergeConfig
@@ -57,7 +57,10 @@ def merged_folder(config: ExportConfig, source: Source, near: Path, screen: Scre
     if source.file is None or config.as_adapter:
         yield load.local_copy(source.name, revision=config.revision)
         return
-    with TemporaryDirectory(prefix=".truetune-export-", dir=existing(near.resolve().parent)) as folder:
+    place = existing(near.resolve().parent)
+    with ExitStack() as stack:
+        with writing(place):
+            folder = stack.enter_context(TemporaryDirectory(prefix=".truetune-export-", dir=place))
         screen.say("merge", f"{source.file.folder} → {source.name}")
         out = Path(folder) / "merged"
         fold_into(config, source, out, screen)
@@ -101,8 +104,15 @@ def fold_into(config: ExportConfig, source: Source, out: Path, screen: Screen, *
 
 def template_of(config: ExportConfig, source: Source, tokenizer: ChatTokenizer) -> Template | None:
     """The template that goes with the result: the one that trained it, unless another is named; None for bare text."""
-    if config.template != "auto":
-        return resolve_template(config.template, tokenizer)
+    return (
+        resolve_template(config.template, tokenizer)
+        if config.template != "auto"
+        else trained_template(source, tokenizer)
+    )
+
+
+def trained_template(source: Source, tokenizer: ChatTokenizer) -> Template | None:
+    """The one that worded what was trained on; of a base as it is, its own."""
     if "template" in source.card:
         trained = source.card["template"]
         return Template(trained["name"], trained["source"]) if trained else None

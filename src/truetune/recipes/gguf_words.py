@@ -1,15 +1,17 @@
-"""A tokenizer with its template and stop tokens, as the keys of a GGUF: for the file, and to hold a file against."""
+"""A tokenizer with its template and stop tokens, as the keys of a GGUF or as a Modelfile: for the files, and to hold
+files against."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from truetune.data.schema import Message
 from truetune.data.template import Template, with_default_system
 from truetune.errors import ModelError, TemplateError
+from truetune.export import modelfile, ollama
 from truetune.export.gguf_arch import Value
 from truetune.export.gguf_tokenizer import Specials, tokenizer_keys
 from truetune.export.gguf_vocabulary import Vocabulary
@@ -46,6 +48,23 @@ def core_of(tokenizer: ChatTokenizer) -> dict[str, Any]:
 def stops_of(tokenizer: ChatTokenizer, card: Mapping[str, Any]) -> list[int]:
     """What ends an answer: what was trained to, and the tokenizer's own."""
     return list(dict.fromkeys([*card.get("stop_ids", ()), *sorted(tokenizer.stop_ids)]))
+
+
+def modelfile_of(
+    tokenizer: ChatTokenizer, template: Template | None, card: Mapping[str, Any], *, system: str | None, adapter: bool
+) -> tuple[modelfile.Modelfile, Sequence[str]]:
+    """``(what Ollama is told of a model, what its reader should know of that)``.
+
+    Args:
+        card: ``truetune.json`` of what was trained.
+        adapter: whether an adapter's file lies beside the model's.
+    Raises:
+        TemplateError: a template that can't be said in Ollama's language.
+    """
+    go = ollama.go_template(template, tokenizer) if template else ollama.BARE
+    stops = tuple(tokenizer.decode([number]) for number in stops_of(tokenizer, card))
+    beside = f"./{modelfile.ADAPTER}" if adapter else None
+    return modelfile.Modelfile(f"./{modelfile.MODEL}", go.text, beside, system, stops), go.remarks
 
 
 def reader_of(vocabulary: Vocabulary, tokenizer: ChatTokenizer) -> Callable[[str], list[int]]:

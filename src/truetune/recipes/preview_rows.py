@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 
-from truetune.data.schema import Origin, Reject, TokenSet
+from truetune.data.schema import Origin, Reject
 from truetune.data.statistics import trained_per_row
+from truetune.data.token_set import TokenSet
 from truetune.models.tokenizer import ChatTokenizer
 from truetune.recipes.data import Prepared
 from truetune.recipes.quality import spread

@@ -15,10 +15,11 @@ from truetune.data.length import truncation
 from truetune.data.policy import Policies, drops
 from truetune.data.read import read_rows
 from truetune.data.rejects import Rejects
-from truetune.data.schema import Reject, Row, TokenSet
+from truetune.data.schema import Reject, Row
 from truetune.data.sources import mixed_parts, named_twice, passed_over
 from truetune.data.split import split
 from truetune.data.token_files import Tokenised
+from truetune.data.token_set import TokenSet
 from truetune.errors import DataError, counted
 from truetune.train.log import Screen
 

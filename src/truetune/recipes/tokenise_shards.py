@@ -18,7 +18,7 @@ from truetune.data.near import LIMIT
 from truetune.data.read_blocks import Block, blocks_of, no_rows
 from truetune.data.rejects import Rejects
 from truetune.data.row_keys import Side
-from truetune.data.schema import Reject, Row, TokenSet
+from truetune.data.schema import Reject, Row
 from truetune.data.shards import SetWriter
 from truetune.data.shards_made import Counts, ShardMaker, Task
 from truetune.data.shards_read import Shards, likeness_of
@@ -26,6 +26,7 @@ from truetune.data.sources import find_files
 from truetune.data.split import held_out
 from truetune.data.standard_input import path_of
 from truetune.data.token_files import Tokenised
+from truetune.data.token_set import TokenSet
 from truetune.recipes.tokenise import Limit, Source, Told, check_parts, finish, say_passed_over
 
 Maker = Callable[[Path, float], ShardMaker]  # from the folder of the shards and the share that is held out

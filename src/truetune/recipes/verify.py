@@ -11,6 +11,7 @@ import gc
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from truetune.checkpoint.disk import writing
 from truetune.config.resolve import Resolved, resolve
 from truetune.config.sft import TrainConfig
 from truetune.config.verify import PEERS, VerifyConfig
-from truetune.errors import AdapterError, ModelError, TruetuneError, counted
+from truetune.errors import AdapterError, ModelError, OutputError, TruetuneError, counted
 from truetune.eval.agreement import pooled
 from truetune.eval.limits import Measured, judge
 from truetune.models.precision import name_of
@@ -88,11 +89,20 @@ def prove(config: VerifyConfig, screen: Screen) -> Proof:
     facts = verify_report.facts(
         findings, run=str(target.run or target.result), base=target.base, compute=compute, code=code
     )
-    where = (target.run or target.result) / RESULT
-    with writing(where.parent):
-        write_json(where, facts)
-    screen.say("done", f"{_sentence(code, len(findings))} · {where}")
+    kept = _keep(facts, (target.run or target.result) / RESULT, screen)
+    screen.say("done", f"{_sentence(code, len(findings))}{f' · {kept}' if kept else ''}")
     return Proof(findings, title, facts)
+
+
+def _keep(facts: dict[str, Any], where: Path, screen: Screen) -> Path | None:
+    """Write ``verify.json``; a folder that takes no file any more is no reason to hold the verdict back."""
+    try:
+        with writing(where.parent):
+            write_json(where, facts)
+    except (OutputError, OSError) as error:
+        screen.warn(f"the result is not kept in {where}: {getattr(error, 'message', error)}")
+        return None
+    return where
 
 
 @contextlib.contextmanager

@@ -1,13 +1,13 @@
 """GGUF files as artefacts: read back into the model they say they are, and asked what llama.cpp would be asked.
 
-A file is one model, or a LoRA, which is put on the base that the run had; a folder with ``model.gguf`` is what
-``export --to ollama`` writes, with ``adapter.gguf`` on that model where there is one.
+A file is one model, or a LoRA, which is put on the base that the run had; a folder is what ``export --to ollama``
+writes: a Modelfile with the words and the ends of answers, and the files that it names.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,39 +15,59 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from truetune.errors import ModelError, TruetuneError
+from truetune.data.template import Template
+from truetune.errors import ModelError, TemplateError, TruetuneError, nearest
 from truetune.eval.limits import coarser
-from truetune.export import gguf_read
+from truetune.export import gguf_read, modelfile
 from truetune.export.gguf_arch import Arch, arch_of
 from truetune.export.gguf_read import HEAD, TABLE, GGUFFile
 from truetune.export.gguf_vocabulary import Vocabulary, differences
 from truetune.models import load, plain
 from truetune.models.precision import name_of
 from truetune.models.tokenizer import ChatTokenizer
-from truetune.recipes.export_source import Source
-from truetune.recipes.gguf_words import reader_of, words_of
-from truetune.recipes.new_tokens import tokenizer_of
+from truetune.recipes.export_source import Source, trained_template
+from truetune.recipes.gguf_words import modelfile_of, reader_of, words_of
 from truetune.recipes.verify_reference import Reference, Sample
-from truetune.recipes.verify_subjects import Loaded, Opening
+from truetune.recipes.verify_subjects import Loaded, Opening, tokenizer_of_run
 from truetune.recipes.verify_target import Target
-from truetune.train.log import Screen
-
-MODEL, ADAPTER = "model.gguf", "adapter.gguf"
 
 
 def is_gguf(path: Path) -> bool:
     """A GGUF file, or a folder that an export left them in."""
-    return path.suffix == ".gguf" if path.is_file() else (path / MODEL).is_file() or (path / ADAPTER).is_file()
+    names = (modelfile.FILE, modelfile.MODEL, modelfile.ADAPTER)
+    return path.suffix == ".gguf" if path.is_file() else any((path / name).is_file() for name in names)
 
 
 def files_in(path: Path) -> tuple[Path, Path | None]:
-    """``(model or LoRA, LoRA on that model)`` of a file or a folder."""
+    """``(model or LoRA, LoRA on that model)`` of a file, or of a folder: those that its Modelfile names, if it has one.
+
+    Raises:
+        ModelError: the Modelfile names what is not there.
+    """
     if path.is_file():
         return path, None
-    model, adapter = path / MODEL, path / ADAPTER
+    if said := modelfile_in(path):
+        return _named(path, "FROM", said.model), _named(path, "ADAPTER", said.adapter) if said.adapter else None
+    model, adapter = path / modelfile.MODEL, path / modelfile.ADAPTER
     if not model.is_file():
         return adapter, None
     return model, adapter if adapter.is_file() else None
+
+
+def modelfile_in(folder: Path) -> modelfile.Modelfile | None:
+    """What a folder's Modelfile says; None where it has none, and for a file."""
+    path = folder / modelfile.FILE
+    return modelfile.Modelfile.of(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _named(folder: Path, what: str, name: str) -> Path:
+    path = folder / name
+    if not name or not path.is_file():
+        raise ModelError(
+            f"{folder / modelfile.FILE} says {what} {name or 'nothing'}, and that is no file here",
+            ("did you mean", nearest(Path(name).name, [file.name for file in folder.glob("*.gguf")])),
+        )
+    return path
 
 
 @dataclass
@@ -55,6 +75,7 @@ class LoadedGGUF(Loaded):
     """A model whose weights, wording and stop tokens are those of a GGUF."""
 
     vocabulary: Vocabulary = field(default_factory=lambda: Vocabulary({}))
+    stop_texts: Sequence[str] = ()  # that end an answer as well, whatever tokens they are
 
     def prompt(self, sample: Sample) -> tuple[str | None, list[int] | int] | None:
         """As llama.cpp's server words it."""
@@ -64,8 +85,8 @@ class LoadedGGUF(Loaded):
         """By the keys, and by the texts that llama.cpp knows."""
         if not self.words:
             return []
-        ends = self.vocabulary.stop_ids
-        return [self.tokenizer.decode([stop]) for stop in reference.stop_ids if stop not in ends]
+        lost = [number for number in reference.stop_ids if number not in self.vocabulary.stop_ids]
+        return [text for text in map(self.tokenizer.decode, ([n] for n in lost)) if text not in self.stop_texts]
 
 
 def prompt_by(
@@ -110,13 +131,37 @@ def _model(opening: Opening, file: GGUFFile, update: GGUFFile | None) -> LoadedG
         _check_arch(update, arch)
         _add(update, arch, config, state)
     vocabulary, tokenizer = Vocabulary(file.keys), tokenizer_of_run(target, opening.revision)
-    expected = Vocabulary(words_of(tokenizer, None, Source(target.base, target.file).card, config.vocab_size))
+    source = Source(target.base, target.file)
+    template = trained_template(source, tokenizer)
+    expected = Vocabulary(words_of(tokenizer, template, source.card, config.vocab_size))
     faults = gguf_read.other_hyperparameters(file, arch, config, config.vocab_size) + differences(vocabulary, expected)
     kind = coarser(file.kind, update.kind) if update else file.kind
     model, kind = _computing(opening, plain.of_weights(config, state, device=opening.device), kind)
-    return LoadedGGUF(
+    loaded = LoadedGGUF(
         str(opening.path), "truetune", kind, model, tokenizer, vocabulary.stop_ids, faults=faults, vocabulary=vocabulary
     )
+    if said := modelfile_in(opening.path):
+        _as_ollama_words(loaded, said, source, template, expected)
+    return loaded
+
+
+def _as_ollama_words(
+    loaded: LoadedGGUF, said: modelfile.Modelfile, source: Source, template: Template | None, expected: Vocabulary
+) -> None:
+    """Ollama words prompts by the Modelfile, and puts the opening token of the GGUF in front."""
+    loaded.stop_texts = said.stops
+    if (found := loaded.vocabulary.opening) != expected.opening:
+        one, other = (repr(token) if token else "nothing" for token in (found, expected.opening))
+        loaded.faults.append(f"Ollama would put {one} in front of every prompt, and training put {other}")
+    system = source.card.get("system")
+    try:
+        trained, _ = modelfile_of(loaded.tokenizer, template, source.card, system=system, adapter=bool(said.adapter))
+    except TemplateError as error:
+        loaded.notes.append(f"its Modelfile words prompts, and can't be compared: {error.message}")
+        return
+    loaded.faults += said.differences(trained)
+    if unsaid := [repr(text) for text in trained.stops if text not in said.stops]:
+        loaded.notes.append(f"the Modelfile does not stop at {', '.join(unsaid)}: it is left to the keys of the GGUF")
 
 
 def _lora_on_base(opening: Opening, file: GGUFFile) -> LoadedGGUF:
@@ -188,9 +233,3 @@ def _computing(opening: Opening, model: Any, kind: str) -> tuple[Any, str]:
         return model, kind
     dtype = getattr(torch, opening.dtype)
     return model.to(dtype), coarser(kind, name_of(dtype))
-
-
-def tokenizer_of_run(target: Target, revision: str | None) -> ChatTokenizer:
-    """The one that trained, with the tokens that the adapter brings."""
-    tokenizer = ChatTokenizer.load(target.base, revision=revision)
-    return tokenizer_of(target.file, tokenizer, Screen()) if target.file else tokenizer

@@ -16,8 +16,9 @@ from truetune.errors import ConfigError, ModelError
 from truetune.eval.limits import coarser
 from truetune.export import gguf_read
 from truetune.export.gguf_vocabulary import Vocabulary
+from truetune.export.modelfile import ADAPTER, MODEL
 from truetune.models.tokenizer import ChatTokenizer
-from truetune.recipes.verify_gguf import ADAPTER, MODEL, files_in, prompt_by
+from truetune.recipes.verify_gguf import files_in, prompt_by
 from truetune.recipes.verify_reference import Reference, Sample
 from truetune.recipes.verify_subjects import Answer
 

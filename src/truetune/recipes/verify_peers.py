@@ -15,7 +15,7 @@ from truetune.models import load, plain
 from truetune.models.precision import name_of
 from truetune.models.tokenizer import ChatTokenizer
 from truetune.recipes import verify_llama_cpp
-from truetune.recipes.verify_gguf import is_gguf, tokenizer_of_run
+from truetune.recipes.verify_gguf import is_gguf
 from truetune.recipes.verify_reference import Sample
 from truetune.recipes.verify_subjects import (
     Folder,
@@ -24,6 +24,7 @@ from truetune.recipes.verify_subjects import (
     Subject,
     is_model,
     open_by_transformers,
+    tokenizer_of_run,
 )
 from truetune.recipes.verify_target import Target
 

@@ -22,9 +22,10 @@ from truetune.checkpoint.atomic import write_text
 from truetune.config.sft import TrainConfig
 from truetune.data.pack import Batch, collate
 from truetune.data.read import read_rows
-from truetune.data.schema import Message, Origin, Row, TokenSet
+from truetune.data.schema import Message, Origin, Row
 from truetune.data.standard_input import path_of
 from truetune.data.template import as_dict
+from truetune.data.token_set import TokenSet
 from truetune.errors import CheckpointError, TruetuneError
 from truetune.eval.agreement import top_log_probabilities
 from truetune.models.forward import trained_logits

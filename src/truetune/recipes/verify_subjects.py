@@ -16,14 +16,16 @@ from torch import Tensor
 
 from truetune.adapters.files import CONFIG
 from truetune.config.quant import QuantRecipe
-from truetune.errors import ModelError, nearest
+from truetune.errors import ModelError, counted, nearest
 from truetune.eval.limits import coarser
 from truetune.generate.answer import answer_all
 from truetune.models import load, plain
 from truetune.models.precision import choose_precision, name_of
 from truetune.models.tokenizer import ChatTokenizer
+from truetune.recipes.new_tokens import tokenizer_of
 from truetune.recipes.verify_reference import Reference, Sample, logits_of
 from truetune.recipes.verify_target import Target
+from truetune.train.log import Screen
 
 
 @dataclass(frozen=True)
@@ -183,9 +185,10 @@ def open_model(opening: Opening) -> Loaded:
     )  # fmt: skip
     notes: list[str] = []
     model = load.load_model(path, dtype=precision.storage, device=opening.device, config=config, warn=notes.append)
-    return Loaded(
-        path, "truetune", _kind(recipe, config, precision.storage), model, ChatTokenizer.load(path), notes=notes
-    )
+    tokenizer = ChatTokenizer.load(path)
+    faults = _other_tokens(tokenizer, tokenizer_of_run(opening.target, opening.revision))
+    kind = _kind(recipe, config, precision.storage)
+    return Loaded(path, "truetune", kind, model, tokenizer, notes=notes, faults=faults)
 
 
 def open_by_transformers(opening: Opening) -> Loaded:
@@ -200,6 +203,24 @@ def open_by_transformers(opening: Opening) -> Loaded:
     if opening.dtype != "auto" and not recipe:
         model = model.to(getattr(torch, opening.dtype))
     return Loaded(path, "transformers", _kind(recipe, config, model.dtype), model, ChatTokenizer.load(path))
+
+
+def tokenizer_of_run(target: Target, revision: str | None) -> ChatTokenizer:
+    """The one that trained, with the tokens that the adapter brings."""
+    tokenizer = ChatTokenizer.load(target.base, revision=revision)
+    return tokenizer_of(target.file, tokenizer, Screen()) if target.file else tokenizer
+
+
+def _other_tokens(found: ChatTokenizer, trained: ChatTokenizer) -> list[str]:
+    """In what a tokenizer cuts texts otherwise than the one that trained; the prompts may hold none of these."""
+    ids, known = found.hf.get_vocab(), trained.hf.get_vocab()
+    if other := sorted((number, token) for token, number in known.items() if ids.get(token) != number):
+        number, token = other[0]
+        now = ids.get(token, "none")
+        return [
+            f"{counted(len(other), 'token has', 'tokens have')} other ids, such as {token!r}: {now}, and was {number}"
+        ]
+    return [] if found.rules == trained.rules else ["its tokenizer joins pieces of text by other rules"]
 
 
 Kinds = Mapping[str, tuple[Detect, Callable[[Opening], Loaded]]]

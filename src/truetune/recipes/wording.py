@@ -14,10 +14,11 @@ from truetune.data.fim import FillInTheMiddle
 from truetune.data.intake import Intake
 from truetune.data.length import limit_lengths
 from truetune.data.mask import encode_rows
-from truetune.data.schema import Reject, Row, TokenSet
+from truetune.data.schema import Reject, Row
 from truetune.data.shards_made import Encode, ShardMaker
 from truetune.data.template import Template, asks_for_date, pin_date, resolve_template, without_thinking
 from truetune.data.token_files import Tokenised
+from truetune.data.token_set import TokenSet
 from truetune.errors import ConfigError, TemplateError
 from truetune.models.tokenizer import ChatTokenizer
 from truetune.recipes.tokenise import Limit, Told, intake, sources, tokenise
