@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from truetune.data import schema
+from truetune.data import token_set
 from truetune.data.length import OnOverlong, limit_lengths, truncation
 from truetune.data.rejects import EXCERPT
 from truetune.data.schema import Origin
@@ -116,7 +116,7 @@ def test_what_was_cut_off_is_counted() -> None:
 def test_what_was_cut_off_is_counted_where_shorter_rows_are_looked_at_in_other_stretches(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(schema, "_TOKENS", 8)
+    monkeypatch.setattr(token_set, "_TOKENS", 8)
     data = rows((10, 4), (1, 3), (0, 15), (1, 1), (4, 20), (0, 6))
     cut = limit(data, "truncate", 4)[0]
     assert [len(part) for part in data.stretches()] != [len(part) for part in cut.stretches()]

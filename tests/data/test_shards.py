@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from truetune.data import schema
+from truetune.data import token_set
 from truetune.data.length import limit_lengths, truncation
 from truetune.data.schema import Origin
 from truetune.data.shards import write_set
@@ -30,7 +30,7 @@ def test_the_files_of_a_set_are_named_once_and_in_order(in_memory: TokenSet, tmp
 def test_what_was_cut_off_a_set_in_files_is_counted(
     in_memory: TokenSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(schema, "_TOKENS", 8)
+    monkeypatch.setattr(token_set, "_TOKENS", 8)
     whole = write_set(tmp_path, "set", [in_memory], NAMES)
     cut, _ = limit_lengths(whole, 4, policy="truncate", say=lambda _: None, decode=str)
     assert cut.lengths.tolist() == [4, 4, 4, 2, 4, 4]

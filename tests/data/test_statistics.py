@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from truetune.data import schema
+from truetune.data import token_set
 from truetune.data.pack import group
 from truetune.data.schema import Origin
 from truetune.data.statistics import fill_rate, histogram, length_facts, near_empty, tally, token_facts, trained_per_row
@@ -38,7 +38,7 @@ def examples(*rows: list[bool]) -> TokenSet:
 @given(rows=flags, block=st.integers(1, 5))
 def test_trained_tokens_per_row_add_up_to_those_of_the_set(rows: list[list[bool]], block: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(schema, "_STRETCH", block)
+        patch.setattr(token_set, "_STRETCH", block)
         counts = trained_per_row(examples(*rows))
     assert counts.tolist() == [sum(row[1:]) for row in rows]
     assert int(counts.sum()) == examples(*rows).trained_count()
@@ -99,7 +99,7 @@ def test_the_fill_is_that_of_the_bins_that_rows_are_grouped_into(lengths: list[i
 @given(rows=flags, block=st.integers(1, 5))
 def test_the_tally_counts_each_length(rows: list[list[bool]], block: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(schema, "_STRETCH", block)
+        patch.setattr(token_set, "_STRETCH", block)
         counts = tally(examples(*rows)).tolist()
     assert [n for n, times in enumerate(counts) for _ in range(times)] == sorted(map(len, rows))
 

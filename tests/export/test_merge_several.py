@@ -159,7 +159,7 @@ def test_templates_that_differ_are_said(tmp_path: Path, capsys: pytest.CaptureFi
         ({"seed": 3}, "draws nothing"),
         ({"combine": "ties", "density": 0.0}, "--density"),
         ({"combine": "tise"}, "did you mean"),
-        ({"adapter": ["a", "b"], "verify": True}, "--verify"),
+        ({"adapter": ["a", "b"], "to": "adapter", "verify": True}, "--verify"),
     ],
 )
 def test_settings_that_make_no_sense_together_are_refused(settings: dict[str, Any], said: str, tmp_path: Path) -> None:

@@ -205,7 +205,8 @@ def test_a_setting_does_what_it_says(name: str, run: Path, merged: Path) -> None
 
 def test_every_setting_is_tried_here_or_in_a_test_of_its_own() -> None:
     elsewhere = {
-        "run", "reference", "url", "served_model", "model", "allow_mismatch", "allow_other_base", "revision", "device"
+        "run", "reference", "out", "url", "served_model", "model", "allow_mismatch", "allow_other_base", "revision",
+        "device",
     }  # fmt: skip
     assert set(VerifyConfig.model_fields) == set(SETTINGS) | elsewhere
 
@@ -399,3 +400,58 @@ def test_what_was_not_recorded_of_a_run_is_passed_over(run: Path, tmp_path: Path
 def test_a_merged_model_alone_is_told_to_name_its_run(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(tiny_model)]) == 2
     assert f"truetune verify RUN {tiny_model}" in capsys.readouterr().err
+
+
+# --- several adapters ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def other(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A second run on the same base, with rows of its own."""
+    place = tmp_path_factory.mktemp("other")
+    rows = place / "rows.jsonl"
+    lines = [json.dumps({"instruction": f"Say {n}", "output": f"no, {n * 7}"}) for n in range(12)]
+    rows.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    run_sft(tiny_model, rows, place / "run", val_split=0.3, epochs=3, lr=3e-2, alpha=8)
+    return place / "run"
+
+
+def test_what_several_adapters_became_is_held_against_them_beside_the_base(
+    run: Path, other: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    given = [f"{run / 'adapter'}=0.7", f"{other / 'adapter'}=-0.4"]
+    out = tmp_path / "merged"
+    flags = ["merge", "--model", str(tiny_model), "--adapter", *given, "--out", str(out), "--verify"]
+    assert main(flags) == 0
+    kept = json.loads((out / "verify.json").read_text(encoding="utf-8"))
+    (row,) = kept["artefacts"]
+    samples = verify_reference.read(run / verify_reference.FILE).samples
+    more = verify_reference.read(other / verify_reference.FILE).samples
+    assert (row["verdict"], row["prompts"]) == ("faithful", [len(samples) + len(more)] * 2)
+    assert row["logits"]["max_delta"] < 1e-5
+    assert row["effect_share"] < 1e-4
+
+
+def test_one_adapter_of_several_is_held_against_and_no_other_weights(
+    run: Path, other: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    both = [str(run / "adapter"), str(other / "adapter")]
+    truetune.merge(None, both, str(tmp_path / "sum"), to="adapter")
+    truetune.merge(str(tiny_model), str(tmp_path / "sum"), str(tmp_path / "merged"))
+    assert verify_of(tmp_path / "sum", tmp_path / "merged") == [("merged", "faithful")]
+    truetune.merge(str(tiny_model), [f"{both[0]}=0.9", both[1]], str(tmp_path / "less"))
+    assert verify_of(tmp_path / "sum", tmp_path / "less") == [("less", "drift")]
+    with pytest.raises(ConfigError, match=r"made of several adapters(.|\n)*name what was made of it"):
+        verify_of(tmp_path / "sum")
+
+
+def test_adapters_that_lie_without_their_prompts_prove_nothing(run: Path, tiny_model: Path, tmp_path: Path) -> None:
+    alone = copy_of(run / "adapter", tmp_path / "alone")
+    given = [f"{alone}=0.5"]
+    with pytest.raises(CheckpointError, match=r"none of the adapters(.|\n)*--reference"):
+        truetune.merge(str(tiny_model), given, str(tmp_path / "merged"), verify=True)
+    assert not (tmp_path / "merged").exists()
+
+
+def verify_of(adapter: Path, *artefacts: Path) -> list[tuple[str, str]]:
+    return [(Path(row["name"]).name, row["verdict"]) for row in facts(adapter, *artefacts)["artefacts"]]

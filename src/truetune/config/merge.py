@@ -74,7 +74,9 @@ class MergeConfig(QuantGroup, MismatchGroup):
     )
     max_shard_gb: float = option(5.0, help="largest weight file, in GB", group="run", gt=0)
     verify: bool = option(
-        False, help="when done, hold the merged model against the one that was trained: truetune verify", group="run"
+        False,
+        help="when done, hold the merged model against its adapters beside their base: truetune verify",
+        group="run",
     )
 
     @property
@@ -99,9 +101,9 @@ class MergeConfig(QuantGroup, MismatchGroup):
             raise ValueError("--model is missing: the base to merge into; --to adapter makes one adapter of several")
         if self.to == "adapter" and (self.quant != "none" or self.onto != "auto"):
             raise ValueError("--quant and --onto: for a merged model, and --to adapter writes none")
-        if self.verify and (self.to == "adapter" or self.combines):
+        if self.verify and self.to == "adapter":
             raise ValueError(
-                "--verify holds a merged model against the one that was trained: with one adapter as it is"
+                "--verify is for a merged model: truetune verify holds what is made of an adapter against it"
             )
         if self.rank is not None and not self.combine.endswith("svd"):
             raise ValueError(f"--rank: the rank of --combine {self.combine} follows from the adapters'; svd takes one")

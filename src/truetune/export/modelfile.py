@@ -70,10 +70,9 @@ class Modelfile:
         said = []
         if self.template is None:
             said.append("the Modelfile has no TEMPLATE, so that Ollama would choose one")
-        elif self.template != trained.template:
-            said.append(
-                f"the Modelfile's TEMPLATE is not what trained: {_first_difference(self.template, trained.template)}"
-            )
+        elif trained.template is not None and self.template != trained.template:
+            parted = _first_difference(self.template, trained.template)
+            said.append(f"the Modelfile's TEMPLATE is not what trained: {parted}")
         if self.system != trained.system:
             said.append(f"the Modelfile's SYSTEM is {_shown(self.system)}, and was {_shown(trained.system)}")
         if cuts := [stop for stop in self.stops if stop not in trained.stops]:

@@ -49,7 +49,7 @@ def _into_base(config: MergeConfig, parents: Mapping[str, AdapterFile], name: st
     if config.verify:
         from truetune.recipes.verify import check_provable  # which imports all that answers are made with
 
-        check_provable(str(file.folder), name)
+        check_provable(file, name)
     plan = plan_merge(config, file, base, model_config)
     return Work(
         name=name,

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import truetune
 from truetune.config.merge import MergeConfig
@@ -22,6 +22,7 @@ from truetune.train.log import Screen
 from truetune.train.memory import peak_mb
 
 if TYPE_CHECKING:
+    from truetune.adapters.files import AdapterFile
     from truetune.export.onto import Drift
 
 
@@ -75,7 +76,8 @@ def write(work: Work, config: MergeConfig, screen: Screen) -> dict[str, Any]:
     if config.verify:
         from truetune.recipes.verify import after_merge
 
-        proof = after_merge(str(work.file.folder), config.out, work.name, allow_mismatch=sorted(config.allowed))
+        # Planned by files alone, or with the adapter read whole: what asks for a proof is the latter.
+        proof = after_merge(cast("AdapterFile", work.file), config.out, work.name, allowed=config.allowed)
         result |= {"verify": proof["verdict"], "exit_code": proof["exit_code"]}
     return result
 

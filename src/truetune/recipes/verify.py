@@ -9,18 +9,20 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
+from truetune.adapters.files import AdapterFile, write
 from truetune.checkpoint.disk import writing
 from truetune.config.resolve import Resolved, resolve
 from truetune.config.sft import TrainConfig
 from truetune.config.verify import PEERS, VerifyConfig
-from truetune.errors import AdapterError, ModelError, OutputError, TruetuneError, counted
+from truetune.errors import AdapterError, ConfigError, ModelError, OutputError, TruetuneError, counted
 from truetune.eval.agreement import pooled
 from truetune.eval.limits import Measured, judge
 from truetune.models.precision import name_of
@@ -34,7 +36,7 @@ from truetune.recipes.verify_peers import Opener
 from truetune.recipes.verify_reference import Reference, Sample
 from truetune.recipes.verify_server import Server
 from truetune.recipes.verify_subjects import MODELS, Folder, Loaded, Opening, find, open_by_transformers
-from truetune.recipes.verify_target import Target, find_target
+from truetune.recipes.verify_target import Target, find_target, references_of
 from truetune.train.log import Screen
 
 RESULT = "verify.json"
@@ -70,15 +72,20 @@ class Proof:
 def prove(config: VerifyConfig, screen: Screen) -> Proof:
     """Compare, and keep ``verify.json``; prints no table."""
     target = find_target(config)
-    reference = verify_reference.read(target.reference)
+    reference = verify_reference.read_all(target.references, recorded=target.is_recorded)
     artefacts = [find(name, KINDS) for name in _names(config, target)]
+    if not (target.is_recorded or artefacts or config.url or config.peers):
+        raise ConfigError(
+            f"{target.result} was made of several adapters, and no run wrote down what it says",
+            ("way out", f"name what was made of it: truetune verify {config.run} MODEL"),
+        )
     verify_peers.check(config, target, artefacts)
     samples = _chosen(reference, config.prompts)
     compute = config.dtype if config.dtype != "auto" else reference.compute
-    screen.say("verify", f"{target.result} on {_count(samples)}, in {compute}")
-    title, findings = f"against {target.result}, as it was trained ({compute})", list[Finding]()
+    screen.say("verify", f"{target.name} on {_count(samples)}, in {compute}")
+    title, findings = f"against {target.title} ({compute})", list[Finding]()
     with _told_if_stopped(findings, title, screen), Trained(reference, samples, _kind(compute)) as trained:
-        findings.append(_live(trained, target, config, compute, screen))
+        findings += _live(trained, target, config, compute, screen)
         for name, loader, opener in _subjects(config, target, artefacts, samples, compute):
             screen.note(f"{name}, by {loader}")
             findings.append(_held_against(trained, name, loader, opener, longest=config.max_new_tokens))
@@ -89,7 +96,8 @@ def prove(config: VerifyConfig, screen: Screen) -> Proof:
     facts = verify_report.facts(
         findings, run=str(target.run or target.result), base=target.base, compute=compute, code=code
     )
-    kept = _keep(facts, (target.run or target.result) / RESULT, screen)
+    where = Path(config.out).expanduser() if config.out else (target.run or target.result) / RESULT
+    kept = _keep(facts, where, screen)
     screen.say("done", f"{_sentence(code, len(findings))}{f' · {kept}' if kept else ''}")
     return Proof(findings, title, facts)
 
@@ -125,16 +133,29 @@ def after_training(result: dict[str, Any], config: TrainConfig) -> dict[str, Any
     return result | {"verify": facts["verdict"], "exit_code": facts["exit_code"]}
 
 
-def check_provable(adapter: str, base: str) -> None:
+def check_provable(file: AdapterFile, base: str) -> None:
     """Raises CheckpointError where an adapter lies without the prompts that ``after_merge`` would compare by."""
-    verify_reference.read(
-        find_target(resolve(VerifyConfig, file=None, flags={"run": adapter, "model": base}).config).reference
-    )
+    if file.card.get("combination"):
+        paths = references_of(file)
+    else:
+        flags = {"run": str(file.folder), "model": base}
+        paths = find_target(resolve(VerifyConfig, file=None, flags=flags).config).references
+    verify_reference.read_all(paths, recorded=True)
 
 
-def after_merge(adapter: str, out: str, base: str, **given: Any) -> dict[str, Any]:
-    """The proof of a merged model: what ``run`` returns for it alone."""
-    return run(resolve(VerifyConfig, file=None, flags={"run": adapter, "artefacts": (out,), "model": base, **given}))
+def after_merge(file: AdapterFile, out: str, base: str, *, allowed: Collection[str]) -> dict[str, Any]:
+    """The proof of a merged model: what ``run`` returns for it alone.
+
+    Args:
+        file: the adapter in it; one made of several has no folder yet, and is laid beside its base for this.
+    """
+    flags = {"artefacts": (out,), "model": base, "allow_mismatch": sorted(allowed)}
+    if file.folder.is_dir():
+        return run(resolve(VerifyConfig, file=None, flags={"run": str(file.folder), **flags}))
+    with TemporaryDirectory(prefix="truetune-verify-") as folder:
+        write(file, Path(folder) / "adapter")
+        flags |= {"run": str(Path(folder) / "adapter"), "out": str(Path(out) / RESULT)}
+        return run(resolve(VerifyConfig, file=None, flags=flags))
 
 
 def _kind(compute: str) -> str:
@@ -161,15 +182,18 @@ def _chosen(reference: Reference, most: int | None) -> list[Sample]:
     return [sample for part in parts for sample in part[:most]]
 
 
-def _live(trained: Trained, target: Target, config: VerifyConfig, compute: str, screen: Screen) -> Finding:
-    """Ask the trained model, as its files give it back, and hold it against what its run wrote down."""
+def _live(trained: Trained, target: Target, config: VerifyConfig, compute: str, screen: Screen) -> list[Finding]:
+    """Ask the trained model, as its files give it back, and hold it against what its run wrote down, if one did."""
     live = _trained_model(target, config, compute, screen)
-    kept = pooled(trained.ask(live, longest=config.max_new_tokens))
+    said = trained.ask(live, longest=config.max_new_tokens)
+    if not said:
+        return []
+    kept = pooled(said)
     finding = Finding(str(target.result), "truetune", trained.kind, "unknown", [], logits=kept)
     finding.held_out_loss = (trained.loss, trained.loss) if trained.loss is not None else None
     finding.verdict, finding.reasons = judge(Measured(logits=kept), trained.kind)
     finding.notes.append("against what the run wrote down at its end: log-probabilities of the likeliest tokens")
-    return finding
+    return [finding]
 
 
 def _trained_model(target: Target, config: VerifyConfig, compute: str, screen: Screen) -> Loaded:

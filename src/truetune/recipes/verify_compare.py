@@ -99,12 +99,13 @@ class Trained:
         """Record all that is compared later; of a model with an adapter also what the adapter changes.
 
         Returns:
-            For each sample, the agreement with what the run wrote down.
+            For each sample of which a run wrote that down, the agreement with it.
         """
         kept, losses = [], _HeldOut()
         for number, sample in enumerate(self.samples):
             scores = live.logits(sample)
-            kept.append(against_record(scores, sample))
+            if sample.top_ids:
+                kept.append(against_record(scores, sample))
             losses.add(sample, scores)
             self._keep(number, scores)
         self.loss = losses.mean

@@ -155,6 +155,22 @@ def read(path: Path) -> Reference:
         raise CheckpointError(f"{path} is no reference of a run: {error}", ("likely", "a copy cut short")) from None
 
 
+def read_all(paths: Sequence[Path], *, recorded: bool) -> Reference:
+    """The prompts of one run or of several; without what their models said, if that is not ``recorded`` of this one.
+
+    Raises:
+        CheckpointError: as ``read``.
+    """
+    found = [read(path) for path in paths]
+    if recorded:
+        return found[0]
+    samples = tuple(replace(sample, top_ids=(), top_logprobs=()) for one in found for sample in one.samples)
+    computed = {one.compute for one in found}
+    compute = computed.pop() if len(computed) == 1 else "float32"
+    stops = tuple(sorted({stop for one in found for stop in one.stop_ids}))
+    return replace(found[0], samples=samples, compute=compute, stop_ids=stops)
+
+
 def _sample(item: Mapping[str, Any]) -> Sample:
     def frozen(value: Any) -> Any:
         return tuple(map(frozen, value)) if isinstance(value, list) else value

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from truetune.adapters import files
+from truetune.adapters.folder import read_json
 from truetune.config.verify import VerifyConfig
 from truetune.errors import AdapterError, CheckpointError, beside
 from truetune.recipes import verify_reference
@@ -17,9 +20,31 @@ class Target:
 
     run: Path | None  # None for an adapter that lies elsewhere
     result: Path
-    reference: Path
+    references: tuple[Path, ...]  # of its run; of an adapter that was made of several, those of their runs
     base: str  # model to load: the base of an adapter, or the tuned model itself
     file: files.AdapterFile | None
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether a run wrote down what it says: not so of an adapter that was made of others."""
+        return not self.parents
+
+    @property
+    def parents(self) -> Sequence[Mapping[str, Any]]:
+        """What an adapter was made of: folders, weights."""
+        return _parents(self.file)
+
+    @property
+    def name(self) -> str:
+        """What artefacts are held against."""
+        if self.is_recorded:
+            return str(self.result)
+        return " + ".join(f"{parent['folder']}={parent['weight']:g}" for parent in self.parents)
+
+    @property
+    def title(self) -> str:
+        """The same, above a table."""
+        return f"{self.name}, {'as it was trained' if self.is_recorded else 'beside the base'}"
 
 
 def find_target(config: VerifyConfig) -> Target:
@@ -47,7 +72,34 @@ def find_target(config: VerifyConfig) -> Target:
         )
     file = files.read(result) if (result / files.CONFIG).is_file() else None
     base = str(result) if file is None else config.model or _base_of(file)
-    return Target(home, result, _reference(config, home, is_adapter=file is not None), base, file)
+    return Target(home, result, _references(config, home, file), base, file)
+
+
+def references_of(file: files.AdapterFile) -> tuple[Path, ...]:
+    """Those of the runs whose adapters one was made of, as far as they are there and were worded as it is.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    found = []
+    for folder in (Path(str(parent["folder"])).expanduser() for parent in _parents(file)):
+        reference, card = folder.resolve().parent / verify_reference.FILE, folder / files.CARD
+        if reference.is_file() and card.is_file():
+            said = read_json(card)
+            if all(said.get(key) == file.card.get(key) for key in ("template", "system")):
+                found.append(reference)
+    if not found:
+        raise CheckpointError(
+            f"none of the adapters in {file.folder} lies in its run's folder, with prompts that were worded as theirs "
+            "together",
+            ("expected", f"{verify_reference.FILE} beside one of them"),
+            ("way out", "truetune verify with --reference, and the file of one of these runs"),
+        )
+    return tuple(dict.fromkeys(found))
+
+
+def _parents(file: files.AdapterFile | None) -> Sequence[Mapping[str, Any]]:
+    return (file.card.get("combination") or {}).get("parents", ()) if file else ()
 
 
 def _base_of(file: files.AdapterFile) -> str:
@@ -57,16 +109,18 @@ def _base_of(file: files.AdapterFile) -> str:
     return str(name)
 
 
-def _reference(config: VerifyConfig, home: Path | None, *, is_adapter: bool) -> Path:
+def _references(config: VerifyConfig, home: Path | None, file: files.AdapterFile | None) -> tuple[Path, ...]:
     if config.reference:
-        return Path(config.reference).expanduser()
+        return (Path(config.reference).expanduser(),)
+    if file and _parents(file):
+        return references_of(file)
     if home is None or not (home / verify_reference.FILE).is_file():
         raise CheckpointError(
             f"{config.run} lies without the prompts it was trained on, so nothing can be compared",
             ("expected", f"{verify_reference.FILE} in its run's folder"),
-            ("way out", _way_out(config, is_adapter=is_adapter)),
-        )  # fmt: skip
-    return home / verify_reference.FILE
+            ("way out", _way_out(config, is_adapter=file is not None)),
+        )
+    return (home / verify_reference.FILE,)
 
 
 def _way_out(config: VerifyConfig, *, is_adapter: bool) -> str:
