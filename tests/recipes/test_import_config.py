@@ -146,7 +146,8 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     }),
     "ax.yml": (AXOLOTL, "axolotl", {
         "model": "org/base-1b", "quant": "nf4", "rank": 32, "alpha": 16.0, "dropout": 0.05, "targets": ("all-linear",),
-        "data": ("hub:org/alpaca-rows:train", "mine.jsonl"), "format": "alpaca", "val_split": 0.1, "max_length": 4096,
+        "data": ("hub:org/alpaca-rows:train", "mine.jsonl"), "format": "alpaca", "template": "alpaca",
+        "val_split": 0.1, "max_length": 4096,
         "train_on": "assistant", "batch_size": 8, "epochs": 4.0, "optim": "adamw", "warmup": 10.0, "lr": 2e-4,
     }),
     "run.sh": (SWIFT, "ms-swift", {
@@ -272,6 +273,15 @@ def test_a_name_that_is_not_there_finds_its_neighbour(tmp_path: Path) -> None:
     (tmp_path / "train.yaml").write_text("a: 1")
     with pytest.raises(ConfigError, match=r"train\.yaml"):
         read_foreign(tmp_path / "trian.yaml")
+
+
+def test_parts_of_a_fused_layer_are_read_as_peft_had_them(tmp_path: Path) -> None:
+    """As PEFT wrote BLOOM's in 2023."""
+    said = {"peft_type": "LORA", "r": 8, "target_modules": ["query_key_value"], "enable_lora": [True, False, True],
+            "base_model_name_or_path": "org/bloom"}  # fmt: skip
+    (tmp_path / "adapter_config.json").write_text(json.dumps(said))
+    found = read_foreign(tmp_path / "adapter_config.json")
+    assert read(found.program, found.said, devices=1).settings["slices"] == ["query_key_value=1/3,3/3"]
 
 
 def test_a_folder_is_no_config(tmp_path: Path) -> None:

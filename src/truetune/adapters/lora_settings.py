@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from truetune.adapters.names import NONE
 from truetune.adapters.peft_fields import Fields, excluded, layers_of, targets_of
-from truetune.config.lora import LoRA
+from truetune.config.lora import LoRA, enabled_slices
 
 # These do not change what a trained adapter computes: how it was started, how PEFT found it.
 WITHOUT_EFFECT = (
@@ -41,7 +41,7 @@ def settings_of(kind: type[L], fields: Fields, **more: tuple[str, Any]) -> L:
     if parameters and kind is not LoRA:
         fields.refuse("target_parameters")
     targets = (NONE,) if parameters and not fields.take("target_modules") else targets_of(fields)
-    slices = tuple(fields.take("slices") or ()) or _enabled(fields, targets)
+    slices = tuple(fields.take("slices") or ()) or enabled_slices(fields.take("enable_lora"), targets)
     built = fields.build(
         kind,
         rank=("r", fields.take("r", 8)),  # PEFT's own defaults, for a file that leaves them out
@@ -59,12 +59,3 @@ def settings_of(kind: type[L], fields: Fields, **more: tuple[str, Any]) -> L:
         **more,
     )
     return built.with_start_in_file() if init == START_IN_FILE else built
-
-
-def _enabled(fields: Fields, targets: Sequence[str]) -> tuple[str, ...]:
-    """``enable_lora`` of PEFT before 0.3: which of so many equal parts of a fused layer are updated."""
-    enabled = fields.take("enable_lora")
-    if not enabled:
-        return ()
-    parts = ",".join(f"{i + 1}/{len(enabled)}" for i, on in enumerate(enabled) if on)
-    return tuple(f"{target}={parts}" for target in targets)

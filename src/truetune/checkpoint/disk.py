@@ -71,8 +71,13 @@ def require_space(folder: Path, needed: int) -> None:
     Raises:
         OutputError: the disk under ``folder`` has less than ``needed`` bytes free.
     """
-    if needed > shutil.disk_usage(existing(folder)).free:
-        raise disk_full(folder, needed=needed)
+    if needed > (free := shutil.disk_usage(existing(folder)).free):
+        raise OutputError(
+            f"the disk that holds {folder} has too little room",
+            ("needed", f"{needed:,} bytes"),
+            ("free", f"{free:,} bytes"),
+            ("way out", "free some space, or write to another disk"),
+        )
 
 
 def reserve(handle: int, size: int) -> None:

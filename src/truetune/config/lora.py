@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -209,3 +209,11 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def enabled_slices(enabled: Sequence[bool] | None, targets: Sequence[str]) -> tuple[str, ...]:
+    """``slices`` for ``enable_lora`` of PEFT before 0.3: which of so many equal parts of a fused layer are updated."""
+    if not enabled:
+        return ()
+    parts = ",".join(f"{i + 1}/{len(enabled)}" for i, on in enumerate(enabled) if on)
+    return tuple(f"{target}={parts}" for target in targets)

@@ -40,7 +40,10 @@ def _datasets(value: Any, said: Mapping[str, Any]) -> Meaning:
         if item:
             notes.append(f"{path}: {', '.join(item)} not taken; --columns says which column is which")
     form = formats.pop() if len(formats) == 1 else "auto"
-    return Meaning({"data": found, **({"format": form} if form != "auto" else {})}, "; ".join(notes))
+    settings = {"data": found} | ({"format": form} if form != "auto" else {})
+    if form == "alpaca" and not said.get("chat_template"):  # there a type words its prompts, too
+        settings["template"] = "alpaca"
+    return Meaning(settings, "; ".join(notes))
 
 
 def _tests(value: Any, said: Mapping[str, Any]) -> Meaning:

@@ -7,6 +7,7 @@ from typing import Any
 
 from truetune.config.imports.rules import Meaning, Program, Rule, is_off, is_on, lost, nothing, on, targets, to
 from truetune.config.imports.transformers_keys import COMMON, DEFAULTS
+from truetune.config.lora import enabled_slices
 
 
 def _dataset(value: Any, said: Mapping[str, Any]) -> Meaning:
@@ -47,6 +48,11 @@ def _bias(value: Any, said: Mapping[str, Any]) -> Meaning:
     if value == "all":
         return Meaning({"trainable": ["bias"]})
     return Meaning({}, "off" if is_off(value) else "all biases or none: --trainable bias", is_off(value))
+
+
+def _enabled(value: Any, said: Mapping[str, Any]) -> Meaning:
+    slices = enabled_slices(value, targets(said.get("target_modules") or ()))
+    return Meaning({"slices": list(slices)}) if slices else Meaning({}, "all parts", harmless=True)
 
 
 def _pattern(name: str) -> Rule:
@@ -100,6 +106,8 @@ RULES: dict[str, Rule] = {
     "layers_pattern": nothing("the decoder's layers"),
     "rank_pattern": _pattern("rank_pattern"),
     "alpha_pattern": _pattern("alpha_pattern"),
+    "enable_lora": _enabled,
+    "merge_weights": nothing("only while answering"),
     "modules_to_save": lost("parts of the base to train in full: --trainable embedding head norm"),
     "lora_modules_to_save": lost("parts of the base to train in full: --trainable embedding head norm"),
     "trainable_token_indices": lambda value, said: Meaning({"token_rows": value}),
