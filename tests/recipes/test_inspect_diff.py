@@ -42,6 +42,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> tuple[Pa
     return folder / "a", folder / "b", folder / "c"
 
 
+def test_two_checkpoints(runs: tuple[Path, Path, Path], ask: Ask) -> None:
+    a, b, c = (sorted((run / "checkpoints").iterdir())[-1] for run in runs)
+    assert ask("--diff", a, b)["differences"] == []
+    found = ask("--diff", a, c)
+    assert (found["kind"], found["code"]) == ("checkpoint", 1)
+    rows = told(found)
+    assert any(name.startswith("adapter_model: base_model.model.") for name in rows)
+    assert any(name.startswith("optimizer: ") and row["how"].startswith("max |Δ|") for name, row in rows.items())
+
+
 def test_two_runs_with_one_setting_changed(runs: tuple[Path, Path, Path], ask: Ask) -> None:
     a, b, c = runs
     assert (same := ask("--diff", a, b))["differences"] == []

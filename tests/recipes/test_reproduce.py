@@ -1,8 +1,11 @@
 """A run's own record makes the same result again, to the bit; and its report says what that depends on."""
 
 import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 import truetune
@@ -23,6 +26,25 @@ def test_run_yaml_makes_the_same_adapter_bit_for_bit(tmp_path: Path, tiny_model:
     weights = Path("adapter") / "adapter_model.safetensors"
     assert same_tensors(first / weights, again / weights)
     assert not same_tensors(first / weights, other / weights)
+
+
+def test_what_can_be_no_repeat_says_why(tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows, first = write_rows(tmp_path / "rows.jsonl"), tmp_path / "first"
+    run_sft(tiny_model, rows, first, max_steps=1)
+    ask = ["sft", "--config", str(first / "run.yaml"), "--out"]
+    capsys.readouterr()
+    assert main([*ask, str(tmp_path / "same")]) == 0
+    assert "no repeat" not in capsys.readouterr().err
+    change_json(first / "adapter" / "truetune.json", facts=facts_with(first, torch="1.0"))
+    rows.write_text("".join(rows.read_text(encoding="utf-8").splitlines(keepends=True)[:-1]), encoding="utf-8")
+    assert main([*ask, str(tmp_path / "other")]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"no repeat of {first}: other than then are its data, torch 1.0, now {torch.__version__}" in said
+
+
+def facts_with(run: Path, **environment: str) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads((run / "adapter" / "truetune.json").read_text(encoding="utf-8"))["facts"]
+    return facts | {"environment": facts["environment"] | environment}
 
 
 def test_the_report_says_what_it_depends_on(tmp_path: Path, tiny_model: Path) -> None:

@@ -27,7 +27,7 @@ class InspectConfig(Options):
     methods: bool = option(False, help="list the tuning methods and what each can do instead", group="run")
     diff: tuple[str, ...] = option(
         (),
-        help="two of a kind instead, A B: what differs between two runs, adapters, models or data files",
+        help="two of a kind instead, A B: what differs between two runs, checkpoints, adapters, models or data files",
         group="run",
     )
 

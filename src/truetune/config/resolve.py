@@ -18,10 +18,11 @@ C = TypeVar("C", bound=Options)
 
 @dataclass(frozen=True)
 class Resolved(Generic[C]):
-    """A config, and for each field ``default``, ``file`` or ``flag``."""
+    """A config, for each field ``default``, ``file`` or ``flag``, and the file, if one was given."""
 
     config: C
     sources: Mapping[str, str]
+    file: Path | None = None
 
     def to_yaml(self) -> str:
         """The whole config, nested by group, each value with its source as a comment; readable by ``--config``."""
@@ -53,7 +54,8 @@ def resolve(config_class: type[C], *, file: str | None, flags: Mapping[str, Any]
     Raises:
         ConfigError: unknown key, wrong value, missing setting; all of them at once, each with its way out.
     """
-    from_file = read_yaml(Path(file).expanduser(), config_class) if file is not None else {}
+    path = Path(file).expanduser() if file is not None else None
+    from_file = read_yaml(path, config_class) if path is not None else {}
     values = {n: v.value for n, v in from_file.items() if not _is_default(config_class, n, v.value)} | dict(flags)
     try:
         config = config_class(**values)
@@ -61,7 +63,7 @@ def resolve(config_class: type[C], *, file: str | None, flags: Mapping[str, Any]
         where = {name: value.where for name, value in from_file.items() if name not in flags}
         raise InvalidOptionsError(error.validation, config_class, where) from None
     sources = {n: "flag" if n in flags else "file" if n in from_file else "default" for n in config_class.model_fields}
-    return Resolved(config, sources)
+    return Resolved(config, sources, path)
 
 
 def _is_default(config_class: type[Options], name: str, value: Any) -> bool:

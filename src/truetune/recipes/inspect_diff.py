@@ -1,4 +1,4 @@
-"""``truetune inspect --diff A B``: what differs between two runs, adapters, models, GGUFs or data files."""
+"""``truetune inspect --diff A B``: what differs between two runs, checkpoints, adapters, models, GGUFs, data files."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from truetune.adapters import files
 from truetune.checkpoint.atomic import sha256
+from truetune.checkpoint.header import read_header
 from truetune.checkpoint.side_files import side_files
 from truetune.checkpoint.tensors import load, open_index
 from truetune.data.read import read_rows
@@ -55,9 +56,11 @@ Row = tuple[str, Any, Any, str]
 
 
 def kind_of(path: Path) -> str:
-    """``run``, ``adapter``, ``model``, ``gguf`` or ``data``."""
+    """``run``, ``checkpoint``, ``adapter``, ``model``, ``gguf`` or ``data``."""
     if path.is_dir():
-        markers = (("run.yaml", "run"), (files.CONFIG, "adapter"), ("config.json", "model"))
+        markers = (
+            ("run.yaml", "run"), ("state.json", "checkpoint"), (files.CONFIG, "adapter"), ("config.json", "model"),
+        )  # fmt: skip
         return next((kind for marker, kind in markers if (path / marker).is_file()), "data")
     return "gguf" if path.suffix == ".gguf" else "data"
 
@@ -89,6 +92,17 @@ def _runs(one: Path, other: Path) -> Iterator[Row]:
     if results[0] and results[1] and results[0].name == results[1].name:
         look = _adapter_tensors if results[0].name == "adapter" else _models
         yield from look(results[0], results[1])
+
+
+def _checkpoints(one: Path, other: Path) -> Iterator[Row]:
+    """Where training stood, then what was trained, and the optimizer's state."""
+    yield from _fields(_json(one / "state.json"), _json(other / "state.json"), "state: ")
+    weights = sorted({path.relative_to(top).as_posix() for top in (one, other) for path in top.rglob("*.safetensors")})
+    for name in weights:
+        a, b = (read_header(top / name) if (top / name).is_file() else {} for top in (one, other))
+        get, get_other = (lambda key, held=held: load(held[key]) for held in (a, b))
+        for what, *found in _tensors(a.keys(), b.keys(), get, get_other):
+            yield f"{Path(name).stem}: {what}", *found
 
 
 def _end(run: Path) -> dict[str, Any]:
@@ -221,7 +235,7 @@ def _text(value: Any) -> str:
 
 
 _LOOKS: Mapping[str, Callable[[Path, Path], Iterator[Row]]] = {
-    "run": _runs, "adapter": _adapters, "model": _models, "gguf": _ggufs, "data": _rows,
+    "run": _runs, "checkpoint": _checkpoints, "adapter": _adapters, "model": _models, "gguf": _ggufs, "data": _rows,
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,11 +12,13 @@ from typing import Any
 import torch
 import yaml
 
+from truetune.adapters.folder import read_json
+from truetune.adapters.names import CARD
 from truetune.checkpoint import run_state
 from truetune.checkpoint.atomic import is_valid
 from truetune.checkpoint.run_state import Progress
 from truetune.config.sft import TrainConfig
-from truetune.errors import CheckpointError
+from truetune.errors import AdapterError, CheckpointError
 from truetune.ops import dispatch
 from truetune.train.log import Screen
 
@@ -86,18 +89,38 @@ def check_facts(before: Mapping[str, Any], now: Mapping[str, Any], screen: Scree
     Raises:
         CheckpointError: naming what is another. The machine is no reason to refuse, but it is said.
     """
-    changed = [word for key, word in _WORDS.items() if key in before and before[key] != now.get(key)]
+    changed = _changed(before, now)
     if changed:
         raise CheckpointError(
             f"--resume: the {' and the '.join(changed)} {'are' if len(changed) > 1 else 'is'} not what this run was "
             "started on",
             ("way out", "put the files back as they were, or start a new run with another --out"),
         )
-    machine, was = environment(), before.get("environment", {})
-    if differs := [
-        f"{key} {was[key]}, now {machine[key]}" for key in machine if was.get(key, machine[key]) != machine[key]
-    ]:
+    if differs := _elsewhere(before):
         screen.warn(f"--resume: {', '.join(differs)}: the run goes on the same up to rounding, not to the bit")
+
+
+def tell_repeat(settings: Path | None, now: Mapping[str, Any], screen: Screen) -> None:
+    """Where the settings are an earlier run's ``run.yaml``, say what else makes its result and is another now."""
+    if settings is None or settings.name != "run.yaml":
+        return
+    for card in (settings.parent / result / CARD for result in ("adapter", "model")):
+        with contextlib.suppress(AdapterError):
+            before = read_json(card).get("facts") or {}
+            other = [f"its {word}" for word in _changed(before, now)] + _elsewhere(before)
+            if other:
+                screen.note(f"no repeat of {settings.parent}: other than then are {', '.join(other)}")
+            return
+
+
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return [word for key, word in _WORDS.items() if key in before and before[key] != now.get(key)]
+
+
+def _elsewhere(before: Mapping[str, Any]) -> list[str]:
+    """In what the machine is another, as far as the last bits depend on it."""
+    machine, was = environment(), before.get("environment", {})
+    return [f"{key} {was[key]}, now {machine[key]}" for key in machine if was.get(key, machine[key]) != machine[key]]
 
 
 def environment() -> dict[str, Any]:

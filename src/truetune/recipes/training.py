@@ -124,6 +124,8 @@ def _set_up(resolved: Resolved[Any], prepare: Prepare, screen: Screen, begun: co
         "environment": resume.environment(),
     }
     resume.check_facts(facts, now, screen)
+    if folder.checkpoint is None:
+        resume.tell_repeat(resolved.file, now, screen)
     return Setup(config, folder, tokenizer, model_config, prepared, precision, device, facts | now,
                  admitted.new, admitted.rows, start=begun.file if begun and not begun.stays else None,
                  on=begun.file if begun and begun.stays else None)  # fmt: skip
