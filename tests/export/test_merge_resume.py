@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from truetune.checkpoint.disk import alone
 from truetune.errors import OutputError
 from truetune.export.merge import Edit, MergeReport, merge_checkpoint
 from truetune.recipes.adapter_base import identity_of
-from truetune.recipes.merge_forecast import Forecast
+from truetune.recipes.merge_forecast import Forecast, forecast
 
 NAMES = [f"w{number}" for number in range(4)]
 
@@ -200,6 +201,21 @@ def test_a_merge_says_what_it_needs_before_it_starts(
     assert faults(tmp_path / "out") == []
     truetune.merge(str(tmp_path / "out"), str(adapter), str(tmp_path / "twice"), allow_mismatch="base")
     assert faults(tmp_path / "twice") == []  # the list of the base is not taken for its own
+
+
+def test_what_a_killed_attempt_left_is_not_missed_by_its_repeat(
+    adapter: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files have all their room from the start, and the repeat begins by clearing them away."""
+    out = tmp_path / "out"
+    size = (tiny_model / "model.safetensors").stat().st_size
+    usage = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(OutputError, match="too little room"):
+        forecast(tiny_model, out, {}, packed=False)
+    (tmp_path / ".out.0123456789abcdef.partial").mkdir()
+    (tmp_path / ".out.0123456789abcdef.partial" / ".model.safetensors.1.partial").write_bytes(bytes(size))
+    assert forecast(tiny_model, out, {}, packed=False).disk_mb == pytest.approx(size / 1e6, rel=0.1)
 
 
 def test_a_forecast_reads_well() -> None:

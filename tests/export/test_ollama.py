@@ -183,8 +183,9 @@ SYSTEM is no instruction here
 PARAMETER  stop  "<|e|>"
 MESSAGE user TEMPLATE x
 '''
-    expected = Modelfile("./m.gguf", "{{ .Prompt }}\nSYSTEM is no instruction here\n", stops=("<|e|>",))
-    assert Modelfile.of(text) == expected
+    template = "{{ .Prompt }}\nSYSTEM is no instruction here\n"
+    assert Modelfile.of(text) == Modelfile("./m.gguf", template, stops=("<|e|>",), more=("MESSAGE",))
+    assert Modelfile.of('FROM ./m.gguf\nSYSTEM "Two\nlines."\n').system == "Two\nlines."
 
 
 @pytest.mark.parametrize(

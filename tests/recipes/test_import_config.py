@@ -282,6 +282,11 @@ def test_parts_of_a_fused_layer_are_read_as_peft_had_them(tmp_path: Path) -> Non
     (tmp_path / "adapter_config.json").write_text(json.dumps(said))
     found = read_foreign(tmp_path / "adapter_config.json")
     assert read(found.program, found.said, devices=1).settings["slices"] == ["query_key_value=1/3,3/3"]
+    for other in ({"target_modules": None}, {"enable_lora": [False, False]}):
+        (line,) = [x for x in read(found.program, said | other, devices=1).lines if x.theirs == "enable_lora"]
+        assert line.kind == "not taken"
+    spelled = read(found.program, said | {"enable_lora": ["True", "False"]}, devices=1)
+    assert spelled.settings["slices"] == ["query_key_value=1/2"]
 
 
 def test_a_folder_is_no_config(tmp_path: Path) -> None:

@@ -42,13 +42,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> tuple[Pa
     return folder / "a", folder / "b", folder / "c"
 
 
-def test_two_checkpoints(runs: tuple[Path, Path, Path], ask: Ask) -> None:
+def test_two_checkpoints(runs: tuple[Path, Path, Path], tmp_path: Path, ask: Ask) -> None:
     a, b, c = (sorted((run / "checkpoints").iterdir())[-1] for run in runs)
     assert ask("--diff", a, b)["differences"] == []
     found = ask("--diff", a, c)
     assert (found["kind"], found["code"]) == ("checkpoint", 1)
     rows = told(found)
     assert any(name.startswith("adapter_model: base_model.model.") for name in rows)
+    copy = tmp_path / "copy"
+    shutil.copytree(a, copy)
+    change_json(copy / "adapter" / "adapter_config.json", lora_alpha=999)
+    assert list(told(ask("--diff", a, copy))) == ["config: lora_alpha"]
     assert any(name.startswith("optimizer: ") and row["how"].startswith("max |Δ|") for name, row in rows.items())
 
 

@@ -35,11 +35,16 @@ def test_what_can_be_no_repeat_says_why(tmp_path: Path, tiny_model: Path, capsys
     capsys.readouterr()
     assert main([*ask, str(tmp_path / "same")]) == 0
     assert "no repeat" not in capsys.readouterr().err
-    change_json(first / "adapter" / "truetune.json", facts=facts_with(first, torch="1.0"))
+    assert main(["sft", "--config", str(first / "run.yaml"), "--out", str(tmp_path / "on purpose"), "--seed", "5"]) == 0
+    assert "no repeat" not in capsys.readouterr().err
+    facts = facts_with(first, torch="1.0") | {"compute": "bfloat16"}
+    change_json(first / "adapter" / "truetune.json", facts=facts)
     rows.write_text("".join(rows.read_text(encoding="utf-8").splitlines(keepends=True)[:-1]), encoding="utf-8")
     assert main([*ask, str(tmp_path / "other")]) == 0
     said = " ".join(capsys.readouterr().err.split())
-    assert f"no repeat of {first}: other than then are its data, torch 1.0, now {torch.__version__}" in said
+    assert (
+        f"no repeat of {first}: other than then are its data, its precision, torch 1.0, now {torch.__version__}" in said
+    )
 
 
 def facts_with(run: Path, **environment: str) -> dict[str, Any]:

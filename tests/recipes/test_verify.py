@@ -186,6 +186,14 @@ def test_what_a_library_cannot_answer_is_said(tiny_model: Path, tmp_path: Path) 
     assert row_of(found, tmp_path / "whole" / "model", "transformers")["verdict"] == "faithful"
 
 
+def test_where_the_proof_is_kept(run: Path, tmp_path: Path) -> None:
+    facts(run, out=str(tmp_path / "proof.json"), prompts=1)
+    assert json.loads((tmp_path / "proof.json").read_text(encoding="utf-8"))["verdict"] == "faithful"
+    for place in (tmp_path, tmp_path / "not there" / "proof.json"):
+        with pytest.raises(ConfigError, match="is no place for a file"):
+            facts(run, out=str(place))
+
+
 # --- settings ------------------------------------------------------------------------------------------------------
 
 SETTINGS: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], Any], Any]] = {
@@ -423,7 +431,9 @@ def test_what_several_adapters_became_is_held_against_them_beside_the_base(
     out = tmp_path / "merged"
     flags = ["merge", "--model", str(tiny_model), "--adapter", *given, "--out", str(out), "--verify"]
     assert main(flags) == 0
-    kept = json.loads((out / "verify.json").read_text(encoding="utf-8"))
+    assert not (out / "verify.json").exists()  # a model is given away, and this names rows
+    kept = json.loads((tmp_path / "merged.verify.json").read_text(encoding="utf-8"))
+    assert kept["run"] == f"{run / 'adapter'}=0.7 + {other / 'adapter'}=-0.4 (cat)"
     (row,) = kept["artefacts"]
     samples = verify_reference.read(run / verify_reference.FILE).samples
     more = verify_reference.read(other / verify_reference.FILE).samples
@@ -443,6 +453,17 @@ def test_one_adapter_of_several_is_held_against_and_no_other_weights(
     assert verify_of(tmp_path / "sum", tmp_path / "less") == [("less", "drift")]
     with pytest.raises(ConfigError, match=r"made of several adapters(.|\n)*name what was made of it"):
         verify_of(tmp_path / "sum")
+    moved = copy_of(tmp_path / "sum", run / "sum")  # in a run's folder it is still no result of that run
+    try:
+        with pytest.raises(ConfigError, match="made of several adapters"):
+            verify_of(moved)
+    finally:
+        shutil.rmtree(moved)
+    change_json(tmp_path / "sum" / "truetune.json", combination={"kind": "cat", "parents": [
+        {"folder": both[0], "weight": 1.0, "method": "lora", "sha256": "of another adapter"},
+    ]})  # fmt: skip
+    with pytest.raises(CheckpointError, match="none of the adapters"):
+        verify_of(tmp_path / "sum", tmp_path / "merged")
 
 
 def test_adapters_that_lie_without_their_prompts_prove_nothing(run: Path, tiny_model: Path, tmp_path: Path) -> None:

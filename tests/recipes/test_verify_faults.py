@@ -1,5 +1,6 @@
 """Faults that are known from real tools, planted one by one: ``verify`` finds each, and says what it is."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -65,6 +66,18 @@ def test_tokens_that_changed_places_where_no_prompt_has_them(run: Path, merged: 
     assert found["prompts"] == [8, 8]
     assert found["verdict"] == "drift"
     assert "2 tokens have other ids, such as" in " | ".join(found["reasons"])
+
+
+def test_pieces_that_are_joined_in_another_order(run: Path, merged: Path) -> None:
+    tokenizer = json.loads((merged / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    joined = list(itertools.product(list(vocabulary)[:20], repeat=2))[:2]
+    tokenizer["model"]["vocab"] = vocabulary | {a + b: len(vocabulary) + 2 + n for n, (a, b) in enumerate(joined)}
+    tokenizer["model"]["merges"] = [list(pair) for pair in joined]
+    (merged / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    row = row_of(facts(run, merged), merged)
+    assert row["verdict"] == "drift"
+    assert "its tokenizer joins pieces of text by other rules" in row["reasons"]
 
 
 def test_a_stop_token_that_is_missing(run: Path, merged: Path) -> None:

@@ -102,6 +102,16 @@ MODELFILES: dict[str, tuple[str, str, str]] = {
     "a system message": ("PARAMETER stop", 'SYSTEM "Be rude."\nPARAMETER stop', "SYSTEM is 'Be rude.', and was none"),
     "a stop that nothing taught": ("PARAMETER stop", 'PARAMETER stop "e"\nPARAMETER stop', "answers would end at 'e'"),
     "no adapter": ("ADAPTER ./adapter.gguf\n", "", "the training is not in it"),
+    "turns before every chat": (
+        "PARAMETER stop",
+        "MESSAGE user Ahoy\nPARAMETER stop",
+        "words prompts by MESSAGE",
+    ),
+    "another way to word prompts": (
+        "PARAMETER stop",
+        "RENDERER x\nPARAMETER stop",
+        "words prompts by RENDERER",
+    ),
     "a model that is not there": ("FROM ./model.gguf", "FROM ./modle.gguf", "that is no file here"),
 }
 
@@ -117,6 +127,34 @@ def test_a_modelfile_that_says_something_else_is_found(what: str, run: Path, tmp
     says, why = verdict(run, tmp_path / "out")
     assert says == "drift"
     assert said in why
+
+
+@pytest.mark.parametrize("name", ["llama3.2", "."])
+def test_a_modelfile_on_what_is_no_gguf_can_t_be_told(name: str, run: Path, tmp_path: Path) -> None:
+    written(tmp_path / "out", adapter=str(run), to="ollama")
+    path = tmp_path / "out" / "Modelfile"
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace("./model.gguf", name), encoding="utf-8")
+    says, why = verdict(run, tmp_path / "out")
+    assert (says, f"says FROM {name}: only GGUF files are read here" in why) == ("unknown", True)
+
+
+def test_a_modelfile_of_an_editor_that_marks_utf_8_and_one_in_another_encoding(run: Path, tmp_path: Path) -> None:
+    written(tmp_path / "out", adapter=str(run), to="ollama")
+    path = tmp_path / "out" / "Modelfile"
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text, encoding="utf-8-sig")
+    assert verdict(run, tmp_path / "out") == ("faithful", "")
+    path.write_bytes(text.encode() + b"# \xff\n")
+    says, why = verdict(run, tmp_path / "out")
+    assert (says, "is not UTF-8 text" in why) == ("drift", True)
+
+
+def test_a_system_message_on_purpose_is_not_noted_as_made_from_the_run(run: Path, tmp_path: Path) -> None:
+    moved = copy_of(run, tmp_path / "run")
+    (moved / "artefacts.json").unlink(missing_ok=True)
+    written(tmp_path / "out", adapter=str(moved), to="ollama", system="Be brief.")
+    assert not (moved / "artefacts.json").exists()
 
 
 def test_ollama_opens_prompts_by_the_file_and_not_by_the_template(run: Path, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """``truetune verify`` that is stopped with Ctrl-C: what was compared is shown, and what was kept is as it was."""
 
-import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -16,8 +15,11 @@ from truetune.cli.main import main
 class _Stopping(BaseHTTPRequestHandler):
     """The user loses patience while the server is asked, which comes last."""
 
+    patience = threading.Event()
+
     def do_GET(self) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        self.patience.wait(60)  # an answer, be it none, might be there before the interruption
 
     def log_message(self, *_: object) -> None:
         """Nothing on the terminal."""
@@ -29,6 +31,7 @@ def stopping() -> Iterator[str]:
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}"
+    _Stopping.patience.set()
     server.shutdown()
     thread.join()
     server.server_close()

@@ -51,7 +51,7 @@ def check_values(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             kind = str(tensor.dtype).removeprefix("torch.")
-            raise AdapterError(f"{folder} holds {kind} in {name}", ("expected", "float32, bfloat16 or float16"))
+            raise AdapterError(f"{folder} holds {kind} in {name}", ("expected", "floating-point numbers"))
         if not are_finite(tensor):
             raise AdapterError(
                 f"{folder} holds NaN or infinity in {name}",

@@ -97,8 +97,9 @@ def _open_to_readers(folder: Path) -> None:
     """Give every file the rights that its folder was made with: safetensors keeps what it writes to the owner alone."""
     rights = stat.S_IMODE(folder.stat().st_mode) & 0o666
     for path in folder.rglob("*"):
-        if path.is_file() and os.name == "posix":
-            path.chmod(rights)
+        if path.is_file() and stat.S_IMODE(path.stat().st_mode) != rights:
+            with contextlib.suppress(OSError):  # disks of other systems know no rights, and lose nothing by it
+                path.chmod(rights)
 
 
 def _sync_tree(folder: Path) -> None:

@@ -75,7 +75,7 @@ class MergeConfig(QuantGroup, MismatchGroup):
     max_shard_gb: float = option(5.0, help="largest weight file, in GB", group="run", gt=0)
     verify: bool = option(
         False,
-        help="when done, hold the merged model against its adapters beside their base: truetune verify",
+        help="when done, hold the merged model against its adapter beside the base: truetune verify",
         group="run",
     )
 

@@ -15,10 +15,11 @@ FILE, MODEL, ADAPTER = "Modelfile", "model.gguf", "adapter.gguf"
 
 # A value in three quotation marks may go over lines; PARAMETER and MESSAGE have a name of their own in front of it.
 _INSTRUCTION = re.compile(
-    r'^[ \t]*(?P<what>(?:PARAMETER|MESSAGE)[ \t]+\w+|[A-Z]+)[ \t]+(?P<value>"""[\s\S]*?"""|"[^"\n]*"|[^\n]*)',
+    r'^[ \t]*(?P<what>(?:PARAMETER|MESSAGE)[ \t]+\w+|[A-Z]+)[ \t]+(?P<value>"""[\s\S]*?"""|"[^"]*"|[^\n]*)',
     re.IGNORECASE | re.MULTILINE,
 )
 _STOP = "PARAMETER STOP"
+_WORDING = ("MESSAGE", "RENDERER", "PARSER")
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Modelfile:
         template: in Go's language; None leaves it to Ollama.
         system: the message for conversations that bring none.
         stops: texts that end an answer.
+        more: other instructions that word prompts.
     """
 
     model: str
@@ -37,6 +39,7 @@ class Modelfile:
     adapter: str | None = None
     system: str | None = None
     stops: tuple[str, ...] = ()
+    more: tuple[str, ...] = ()
 
     def text(self) -> str:
         """The file's contents.
@@ -63,6 +66,7 @@ class Modelfile:
             adapter=last.get("ADAPTER"),
             system=last.get("SYSTEM") or None,
             stops=tuple(value for what, value in said if what == _STOP),
+            more=tuple(dict.fromkeys(what.split()[0] for what, _ in said if what.split()[0] in _WORDING)),
         )
 
     def differences(self, trained: Modelfile) -> list[str]:
@@ -75,6 +79,8 @@ class Modelfile:
             said.append(f"the Modelfile's TEMPLATE is not what trained: {parted}")
         if self.system != trained.system:
             said.append(f"the Modelfile's SYSTEM is {_shown(self.system)}, and was {_shown(trained.system)}")
+        if self.more:
+            said.append(f"the Modelfile words prompts by {', '.join(self.more)} as well, which no training did")
         if cuts := [stop for stop in self.stops if stop not in trained.stops]:
             said.append(f"answers would end at {', '.join(map(repr, cuts))} (PARAMETER stop), which no training taught")
         return said

@@ -53,7 +53,7 @@ def run(config: ExportConfig, source: Source, screen: Screen) -> dict[str, Any]:
                 path = out if single else out / modelfile.MODEL
                 made |= {"model": str(path), **_write_model(config, source, folder, path, tokenizer, template, screen)}
             undo.pop_all()
-    if config.template == "auto":  # else it words prompts otherwise on purpose
+    if config.template == "auto" and config.system is None:  # else it words prompts otherwise on purpose
         note_artefact(source.folder, out if config.to == "ollama" else path)
     if words is not None:
         write_text(out / modelfile.FILE, words)

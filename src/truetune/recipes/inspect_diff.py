@@ -59,8 +59,11 @@ def kind_of(path: Path) -> str:
     """``run``, ``checkpoint``, ``adapter``, ``model``, ``gguf`` or ``data``."""
     if path.is_dir():
         markers = (
-            ("run.yaml", "run"), ("state.json", "checkpoint"), (files.CONFIG, "adapter"), ("config.json", "model"),
-        )  # fmt: skip
+            ("run.yaml", "run"),
+            ("optimizer.safetensors", "checkpoint"),
+            (files.CONFIG, "adapter"),
+            ("config.json", "model"),
+        )
         return next((kind for marker, kind in markers if (path / marker).is_file()), "data")
     return "gguf" if path.suffix == ".gguf" else "data"
 
@@ -97,12 +100,14 @@ def _runs(one: Path, other: Path) -> Iterator[Row]:
 def _checkpoints(one: Path, other: Path) -> Iterator[Row]:
     """Where training stood, then what was trained, and the optimizer's state."""
     yield from _fields(_json(one / "state.json"), _json(other / "state.json"), "state: ")
+    a, b = (_plain(_json(folder / "adapter" / files.CONFIG)) for folder in (one, other))
+    yield from _fields(a, b, "config: ")
     weights = sorted({path.relative_to(top).as_posix() for top in (one, other) for path in top.rglob("*.safetensors")})
     for name in weights:
-        a, b = (read_header(top / name) if (top / name).is_file() else {} for top in (one, other))
-        get, get_other = (lambda key, held=held: load(held[key]) for held in (a, b))
-        for what, *found in _tensors(a.keys(), b.keys(), get, get_other):
-            yield f"{Path(name).stem}: {what}", *found
+        held, others = (read_header(top / name) if (top / name).is_file() else {} for top in (one, other))
+        get, get_other = (lambda key, entries=entries: load(entries[key]) for entries in (held, others))
+        for what, first, second, how in _tensors(held.keys(), others.keys(), get, get_other):
+            yield f"{Path(name).stem}: {what}", first, second, how
 
 
 def _end(run: Path) -> dict[str, Any]:

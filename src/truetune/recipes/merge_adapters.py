@@ -147,7 +147,12 @@ def _card(
             "density": combination.density if config.combine.startswith(("ties", "dare", "magnitude")) else None,
             "seed": config.seed if config.combine.startswith("dare") else None,
             "parents": [
-                {"folder": name, "weight": config.weights[name], "method": file.settings.kind, "sha256": _hash(file)}
+                {
+                    "folder": str(file.folder.resolve()),
+                    "weight": config.weights[name],
+                    "method": file.settings.kind,
+                    "sha256": _hash(file),
+                }
                 for name, file in parents.items()
             ],
         },

@@ -49,9 +49,14 @@ def forecast(base: Path, out: Path, edits: Mapping[str, Change], *, packed: bool
     largest = max((entry.nbytes for entry in whole), default=0)
     widest = max((math.prod(entry.shape) for entry in whole), default=0)
     held = _STREAMED + 3 * largest + (8 * widest if packed else 0)
-    require_space(out, total)
+    require_space(out, total - _left_behind(out))
     seconds = total / _rate(out, total) + sum(math.prod(entry.shape) for entry in edited) / _FOLD_RATE
     return Forecast(resident_mb() + held / 1e6, total / 1e6, seconds)
+
+
+def _left_behind(out: Path) -> int:
+    """Bytes of attempts that were killed: a repeat goes on from them, or clears them away before it begins."""
+    return sum(path.stat().st_size for path in out.parent.glob(f".{out.name}.*.partial/*") if path.is_file())
 
 
 def _growth(edits: Mapping[str, Change], entries: Mapping[str, TensorEntry]) -> int:

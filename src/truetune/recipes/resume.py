@@ -17,6 +17,7 @@ from truetune.adapters.names import CARD
 from truetune.checkpoint import run_state
 from truetune.checkpoint.atomic import is_valid
 from truetune.checkpoint.run_state import Progress
+from truetune.config.resolve import Resolved
 from truetune.config.sft import TrainConfig
 from truetune.errors import AdapterError, CheckpointError
 from truetune.ops import dispatch
@@ -41,6 +42,9 @@ _FREE = {
 
 _WORDS = {"tokens": "new tokens", "data": "data", "held_out": "held-out data", "base": "base model's weights",
           "start": "adapter that it goes on from", "on": "adapter that stays beneath"}  # fmt: skip
+
+# A resumed run takes these from its checkpoint.
+_OF_A_REPEAT = {"date": "day, which the template prints", "compute": "precision"}
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -89,7 +93,7 @@ def check_facts(before: Mapping[str, Any], now: Mapping[str, Any], screen: Scree
     Raises:
         CheckpointError: naming what is another. The machine is no reason to refuse, but it is said.
     """
-    changed = _changed(before, now)
+    changed = _changed(before, now, _WORDS)
     if changed:
         raise CheckpointError(
             f"--resume: the {' and the '.join(changed)} {'are' if len(changed) > 1 else 'is'} not what this run was "
@@ -100,21 +104,23 @@ def check_facts(before: Mapping[str, Any], now: Mapping[str, Any], screen: Scree
         screen.warn(f"--resume: {', '.join(differs)}: the run goes on the same up to rounding, not to the bit")
 
 
-def tell_repeat(settings: Path | None, now: Mapping[str, Any], screen: Screen) -> None:
-    """Where the settings are an earlier run's ``run.yaml``, say what else makes its result and is another now."""
-    if settings is None or settings.name != "run.yaml":
+def tell_repeat(resolved: Resolved[Any], now: Mapping[str, Any], screen: Screen) -> None:
+    """Where all settings are those of an earlier run's ``run.yaml``, say what else made its result, and is no more."""
+    asked = {name for name, source in resolved.sources.items() if source == "flag"}
+    if resolved.file is None or resolved.file.name != "run.yaml" or asked - _FREE:
         return
-    for card in (settings.parent / result / CARD for result in ("adapter", "model")):
+    run = resolved.file.parent
+    for card in (run / result / CARD for result in ("adapter", "model")):
         with contextlib.suppress(AdapterError):
             before = read_json(card).get("facts") or {}
-            other = [f"its {word}" for word in _changed(before, now)] + _elsewhere(before)
+            other = [f"its {word}" for word in _changed(before, now, _WORDS | _OF_A_REPEAT)] + _elsewhere(before)
             if other:
-                screen.note(f"no repeat of {settings.parent}: other than then are {', '.join(other)}")
+                screen.note(f"no repeat of {run}: other than then are {', '.join(other)}")
             return
 
 
-def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    return [word for key, word in _WORDS.items() if key in before and before[key] != now.get(key)]
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any], words: Mapping[str, str]) -> list[str]:
+    return [word for key, word in words.items() if key in before and before[key] != now.get(key)]
 
 
 def _elsewhere(before: Mapping[str, Any]) -> list[str]:

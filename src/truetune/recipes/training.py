@@ -125,7 +125,7 @@ def _set_up(resolved: Resolved[Any], prepare: Prepare, screen: Screen, begun: co
     }
     resume.check_facts(facts, now, screen)
     if folder.checkpoint is None:
-        resume.tell_repeat(resolved.file, now, screen)
+        resume.tell_repeat(resolved, now, screen)
     return Setup(config, folder, tokenizer, model_config, prepared, precision, device, facts | now,
                  admitted.new, admitted.rows, start=begun.file if begun and not begun.stays else None,
                  on=begun.file if begun and begun.stays else None)  # fmt: skip

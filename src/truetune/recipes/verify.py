@@ -74,6 +74,11 @@ def prove(config: VerifyConfig, screen: Screen) -> Proof:
     target = find_target(config)
     reference = verify_reference.read_all(target.references, recorded=target.is_recorded)
     artefacts = [find(name, KINDS) for name in _names(config, target)]
+    kept = Path(config.out).expanduser() if config.out else (target.run or target.result) / RESULT
+    if config.out and (kept.is_dir() or not kept.parent.is_dir()):
+        raise ConfigError(
+            f"--out: {config.out} is no place for a file", ("expected", "a name in a folder that is there")
+        )
     if not (target.is_recorded or artefacts or config.url or config.peers):
         raise ConfigError(
             f"{target.result} was made of several adapters, and no run wrote down what it says",
@@ -94,23 +99,22 @@ def prove(config: VerifyConfig, screen: Screen) -> Proof:
         1 if any(f.verdict == "drift" for f in findings) else 2 if any(f.verdict == "unknown" for f in findings) else 0
     )
     facts = verify_report.facts(
-        findings, run=str(target.run or target.result), base=target.base, compute=compute, code=code
+        findings, run=str(target.run or target.name), base=target.base, compute=compute, code=code
     )
-    where = Path(config.out).expanduser() if config.out else (target.run or target.result) / RESULT
-    kept = _keep(facts, where, screen)
-    screen.say("done", f"{_sentence(code, len(findings))}{f' · {kept}' if kept else ''}")
+    where = f" · {kept}" if _keep(facts, kept, screen) else ""
+    screen.say("done", f"{_sentence(code, len(findings))}{where}")
     return Proof(findings, title, facts)
 
 
-def _keep(facts: dict[str, Any], where: Path, screen: Screen) -> Path | None:
+def _keep(facts: dict[str, Any], where: Path, screen: Screen) -> bool:
     """Write ``verify.json``; a folder that takes no file any more is no reason to hold the verdict back."""
     try:
         with writing(where.parent):
             write_json(where, facts)
     except (OutputError, OSError) as error:
         screen.warn(f"the result is not kept in {where}: {getattr(error, 'message', error)}")
-        return None
-    return where
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -147,14 +151,16 @@ def after_merge(file: AdapterFile, out: str, base: str, *, allowed: Collection[s
     """The proof of a merged model: what ``run`` returns for it alone.
 
     Args:
-        file: the adapter in it; one made of several has no folder yet, and is laid beside its base for this.
+        file: the adapter in it; one made of several has no folder yet, and is laid beside its base for this. Its proof
+            lies beside the model and not in it: it names rows of the data, and a model is given away.
     """
     flags = {"artefacts": (out,), "model": base, "allow_mismatch": sorted(allowed)}
     if file.folder.is_dir():
         return run(resolve(VerifyConfig, file=None, flags={"run": str(file.folder), **flags}))
     with TemporaryDirectory(prefix="truetune-verify-") as folder:
-        write(file, Path(folder) / "adapter")
-        flags |= {"run": str(Path(folder) / "adapter"), "out": str(Path(out) / RESULT)}
+        with writing(Path(folder)):
+            write(file, Path(folder) / "adapter")
+        flags |= {"run": str(Path(folder) / "adapter"), "out": f"{Path(out)}.{RESULT}"}
         return run(resolve(VerifyConfig, file=None, flags=flags))
 
 

@@ -57,11 +57,18 @@ def files_in(path: Path) -> tuple[Path, Path | None]:
 def modelfile_in(folder: Path) -> modelfile.Modelfile | None:
     """What a folder's Modelfile says; None where it has none, and for a file."""
     path = folder / modelfile.FILE
-    return modelfile.Modelfile.of(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return modelfile.Modelfile.of(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError:
+        raise ModelError(f"{path} is not UTF-8 text") from None
 
 
 def _named(folder: Path, what: str, name: str) -> Path:
     path = folder / name
+    if path.is_dir() or (name and "/" not in name and not name.endswith(".gguf")):
+        raise TruetuneError(f"{folder / modelfile.FILE} says {what} {name}: only GGUF files are read here")
     if not name or not path.is_file():
         raise ModelError(
             f"{folder / modelfile.FILE} says {what} {name or 'nothing'}, and that is no file here",

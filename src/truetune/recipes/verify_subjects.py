@@ -208,7 +208,7 @@ def open_by_transformers(opening: Opening) -> Loaded:
 def tokenizer_of_run(target: Target, revision: str | None) -> ChatTokenizer:
     """The one that trained, with the tokens that the adapter brings."""
     tokenizer = ChatTokenizer.load(target.base, revision=revision)
-    return tokenizer_of(target.file, tokenizer, Screen()) if target.file else tokenizer
+    return tokenizer_of(target.file, tokenizer, Screen(silent=True)) if target.file else tokenizer
 
 
 def _other_tokens(found: ChatTokenizer, trained: ChatTokenizer) -> list[str]:

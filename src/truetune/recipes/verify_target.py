@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from truetune.adapters import files
-from truetune.adapters.folder import read_json
+from truetune.adapters.folder import digest, read_json
 from truetune.config.verify import VerifyConfig
 from truetune.errors import AdapterError, CheckpointError, beside
 from truetune.recipes import verify_reference
@@ -39,12 +39,14 @@ class Target:
         """What artefacts are held against."""
         if self.is_recorded:
             return str(self.result)
-        return " + ".join(f"{parent['folder']}={parent['weight']:g}" for parent in self.parents)
+        assert self.file is not None
+        how = self.file.card["combination"]["kind"]
+        return " + ".join(f"{parent['folder']}={parent['weight']:g}" for parent in self.parents) + f" ({how})"
 
     @property
     def title(self) -> str:
         """The same, above a table."""
-        return f"{self.name}, {'as it was trained' if self.is_recorded else 'beside the base'}"
+        return f"{self.name}, {'as it was trained' if self.is_recorded else 'as one adapter beside the base'}"
 
 
 def find_target(config: VerifyConfig) -> Target:
@@ -71,6 +73,8 @@ def find_target(config: VerifyConfig) -> Target:
             ("expected", "a run's folder (run.yaml, adapter/), or an adapter's (adapter_config.json)"),
         )
     file = files.read(result) if (result / files.CONFIG).is_file() else None
+    if file is not None and _parents(file):  # wherever it lies, no run made it
+        return Target(None, result, _references(config, None, file), config.model or _base_of(file), file)
     base = str(result) if file is None else config.model or _base_of(file)
     return Target(home, result, _references(config, home, file), base, file)
 
@@ -82,16 +86,17 @@ def references_of(file: files.AdapterFile) -> tuple[Path, ...]:
         CheckpointError: there is none.
     """
     found = []
-    for folder in (Path(str(parent["folder"])).expanduser() for parent in _parents(file)):
-        reference, card = folder.resolve().parent / verify_reference.FILE, folder / files.CARD
-        if reference.is_file() and card.is_file():
+    for parent in _parents(file):
+        folder = Path(str(parent["folder"]))
+        reference, card, weights = folder.parent / verify_reference.FILE, folder / files.CARD, folder / files.WEIGHTS
+        if reference.is_file() and card.is_file() and weights.is_file() and digest(weights) == parent["sha256"]:
             said = read_json(card)
             if all(said.get(key) == file.card.get(key) for key in ("template", "system")):
                 found.append(reference)
     if not found:
         raise CheckpointError(
-            f"none of the adapters in {file.folder} lies in its run's folder, with prompts that were worded as theirs "
-            "together",
+            f"none of the adapters in {file.folder} lies as it was in its run's folder, with prompts that were worded "
+            "as theirs together",
             ("expected", f"{verify_reference.FILE} beside one of them"),
             ("way out", "truetune verify with --reference, and the file of one of these runs"),
         )

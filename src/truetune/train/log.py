@@ -25,8 +25,8 @@ _AROUND = 20
 class Screen:
     """Labelled lines on stderr, as plain text where it is no terminal."""
 
-    def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+    def __init__(self, *, silent: bool = False) -> None:
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=silent)
 
     def say(self, label: str, text: str) -> None:
         """One line: what it is about, then what there is to say."""

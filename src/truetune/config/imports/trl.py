@@ -51,8 +51,11 @@ def _bias(value: Any, said: Mapping[str, Any]) -> Meaning:
 
 
 def _enabled(value: Any, said: Mapping[str, Any]) -> Meaning:
-    slices = enabled_slices(value, targets(said.get("target_modules") or ()))
-    return Meaning({"slices": list(slices)}) if slices else Meaning({}, "all parts", harmless=True)
+    enabled = [is_on(part) for part in value] if isinstance(value, list) else []
+    if not enabled or all(enabled):
+        return Meaning({}, "all parts", harmless=True)
+    slices = enabled_slices(enabled, targets(said.get("target_modules") or ())) if any(enabled) else ()
+    return Meaning({"slices": list(slices)}) if slices else Meaning({}, "of which layers? --slices LAYER=1/3,3/3")
 
 
 def _pattern(name: str) -> Rule:
