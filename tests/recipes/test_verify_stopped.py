@@ -30,7 +30,9 @@ def stopping() -> Iterator[str]:
     server = HTTPServer(("127.0.0.1", 0), _Stopping)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts without one
     yield f"http://127.0.0.1:{server.server_port}"
+    signal.signal(signal.SIGINT, before)
     _Stopping.patience.set()
     server.shutdown()
     thread.join()

@@ -116,7 +116,7 @@ def alone(folder: Path, refusal: OutputError | None = None) -> Iterator[None]:
         yield
         return
     with writing(folder):
-        handle = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR)
+        handle = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR, 0o666)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
