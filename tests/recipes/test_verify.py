@@ -75,13 +75,19 @@ def test_a_verdict_that_can_t_be_kept_is_told_all_the_same(
     assert "the same" in said.out
 
 
-def test_an_adapter_alone_needs_the_reference_of_its_run(run: Path, tmp_path: Path) -> None:
+def test_an_adapter_alone_needs_the_reference_of_its_run(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     moved = copy_of(run / "adapter", tmp_path / "moved")
     with pytest.raises(CheckpointError, match=r"without the prompts it was trained on(.|\n)*--reference"):
         facts(moved)
     found = facts(moved, reference=str(run / verify_reference.FILE))
     assert found["verdict"] == "faithful"
-    assert (moved / "verify.json").is_file()
+    assert not (moved / "verify.json").exists()  # an adapter is given away, and this names rows
+    (tmp_path / "moved.verify.json").unlink()
+    monkeypatch.chdir(moved)
+    facts(Path(), reference=str(run / verify_reference.FILE))
+    assert (tmp_path / "moved.verify.json").is_file()
     assert facts(run / "adapter")["run"] == str(run.resolve())
 
 

@@ -42,7 +42,9 @@ class VerifyConfig(MismatchGroup):
         None, help="the run's data/reference.json, for an adapter that lies elsewhere", group="run"
     )
     out: str | None = option(
-        None, help="where the result is kept (default: verify.json in the run's folder)", group="run"
+        None,
+        help="where the result is kept (default: verify.json in the run's folder, or beside an adapter's)",
+        group="run",
     )
     prompts: int | None = option(
         None, help="at most so many prompts of the training rows and of the held-out ones (default: all kept)",

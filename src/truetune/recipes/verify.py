@@ -74,7 +74,7 @@ def prove(config: VerifyConfig, screen: Screen) -> Proof:
     target = find_target(config)
     reference = verify_reference.read_all(target.references, recorded=target.is_recorded)
     artefacts = [find(name, KINDS) for name in _names(config, target)]
-    kept = Path(config.out).expanduser() if config.out else (target.run or target.result) / RESULT
+    kept = Path(config.out).expanduser() if config.out else _place(target)
     if config.out and (kept.is_dir() or not kept.parent.is_dir()):
         raise ConfigError(
             f"--out: {config.out} is no place for a file", ("expected", "a name in a folder that is there")
@@ -104,6 +104,12 @@ def prove(config: VerifyConfig, screen: Screen) -> Proof:
     where = f" · {kept}" if _keep(facts, kept, screen) else ""
     screen.say("done", f"{_sentence(code, len(findings))}{where}")
     return Proof(findings, title, facts)
+
+
+def _place(target: Target) -> Path:
+    """In the run; of an adapter without one beside its folder, for this names rows, and an adapter is given away."""
+    folder = target.result.resolve()
+    return target.run / RESULT if target.run else folder.with_name(f"{folder.name}.{RESULT}")
 
 
 def _keep(facts: dict[str, Any], where: Path, screen: Screen) -> bool:
@@ -152,7 +158,7 @@ def after_merge(file: AdapterFile, out: str, base: str, *, allowed: Collection[s
 
     Args:
         file: the adapter in it; one made of several has no folder yet, and is laid beside its base for this. Its proof
-            lies beside the model and not in it: it names rows of the data, and a model is given away.
+            lies beside the model.
     """
     flags = {"artefacts": (out,), "model": base, "allow_mismatch": sorted(allowed)}
     if file.folder.is_dir():
